@@ -1,0 +1,1 @@
+"""Bundled recordings and the scripts that make them; the library reads the files by path."""
