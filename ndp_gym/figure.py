@@ -1,0 +1,74 @@
+"""The picture of an evaluation: throughput with intervals, and throughput against quality.
+
+Drawn with matplotlib's Agg canvas and no pyplot, so it needs no display and keeps no global state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ndp_gym.results import MODELED, EvaluationResult, Row, pareto_front
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["figure"]
+
+
+def figure(result: EvaluationResult) -> Figure:
+    """Per condition: throughput bars with intervals, and throughput over ΔNLL with its front."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups = result.by_condition()
+    n_policies = max((len(rows) for rows in groups.values()), default=1)
+    size = (11.0, max(3.0, 1.6 + 0.28 * n_policies) * max(1, len(groups)) + 0.4)
+    canvas = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.subplots(max(1, len(groups)), 2, squeeze=False)
+    for (bars, front), (condition, rows) in zip(axes, groups.items(), strict=bool(groups)):
+        _draw_bars(bars, rows)
+        _draw_front(front, rows)
+        bars.set_title(str(condition), fontsize=8, loc="left")
+    canvas.supxlabel(MODELED, fontsize=8)
+    return canvas
+
+
+def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
+    values = [row["tokens_per_s"] or 0.0 for row in rows]
+    colours = ["#4c78a8" if r["validity"] == "in_range" else "#b3c6dc" for r in rows]
+    axes.barh(range(len(rows)), values, color=colours)
+    for place, row in enumerate(rows):
+        value, interval = row["tokens_per_s"], row["tokens_per_s_ci95"]
+        if value is None:
+            axes.annotate(" infeasible", (0, place), va="center", fontsize=7)
+        elif interval is not None:
+            errors = [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
+            axes.errorbar(value, place, xerr=errors, color="black", capsize=2, linewidth=1)
+    axes.set_yticks(range(len(rows)), [row["policy"] for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per second (light bars: extrapolated)", fontsize=8)
+
+
+def _draw_front(axes: Axes, rows: Sequence[Row]) -> None:
+    known = [r for r in rows if r["tokens_per_s"] is not None and r["delta_nll_nats"] is not None]
+    front = pareto_front(known)
+    for row in known:
+        loss, speed = row["delta_nll_nats"] or 0.0, row["tokens_per_s"] or 0.0
+        on_front = any(row is other for other in front)
+        axes.scatter(loss, speed, s=22, color="#e45756" if on_front else "#9d9d9d", zorder=3)
+        axes.annotate(
+            row["policy"], (loss, speed), xytext=(3, 3), textcoords="offset points", fontsize=6
+        )
+    axes.step(
+        [r["delta_nll_nats"] or 0.0 for r in front],
+        [r["tokens_per_s"] or 0.0 for r in front],
+        where="post",
+        color="#e45756",
+        linewidth=1,
+    )
+    axes.set_xlabel("ΔNLL (nats); red: Pareto front", fontsize=8)
+    axes.set_ylabel("tokens per second", fontsize=8)
+    axes.set_ylim(bottom=0)

@@ -1,0 +1,233 @@
+"""What an evaluation hands out: rows with public field names, and what follows from rows alone.
+
+Rows are plain dictionaries, ready for JSON, CSV and data frames. Field names are public: add, never
+rename. Nothing here runs a simulation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypedDict
+
+__all__ = ["QUALITY_BUDGETS", "AtQuality", "Condition", "EvaluationResult", "Row", "pareto_front"]
+
+QUALITY_BUDGETS = (0.01, 0.03, 0.1)  # nats, design.md §7
+ALL_HBM_POLICIES = ("all_hbm", "all_hbm_mixed")
+MODELED = "modeled, not measured"
+PLACEMENT_UNNECESSARY = "placement unnecessary here"
+
+
+class Row(TypedDict):
+    """One policy under one condition; ``None`` where a value does not exist.
+
+    Suffixes are units; ratios lie in [0, 1]; ``*_ci95`` are (low, high). ``validity`` is
+    ``"in_range"``, ``"extrapolated"`` or ``"infeasible"``, with ``validity_reasons``.
+    """
+
+    policy: str
+    trace: str
+    model: str
+    system: str
+    batch_size: int
+    window: int
+    n_conversations: int
+    tokens_per_s: float | None
+    tokens_per_s_ci95: tuple[float, float] | None
+    decode_step_p50_s: float | None
+    decode_step_p99_s: float | None
+    ttft_s: float | None
+    load_s: float | None
+    speedup_vs_all_far4: float | None
+    speedup_vs_all_far4_ci95: tuple[float, float] | None
+    speedup_vs_all_hbm: float | None
+    speedup_vs_all_hbm_ci95: tuple[float, float] | None
+    delta_nll_nats: float | None
+    delta_nll_nats_ci95: tuple[float, float] | None
+    accuracy_drop_points: float | None
+    mean_bits: float | None
+    hit_rate: float | None
+    byte_hit_rate: float | None
+    activation_bytes: int | None
+    fetch_bytes: int | None
+    migration_bytes: int | None
+    wasted_bytes: int | None
+    load_bytes: int | None
+    gpu_busy: float | None
+    far_busy: float | None
+    link_busy: float | None
+    joules_per_token: float | None
+    reward: float | None
+    reward_throughput: float | None
+    reward_quality: float | None
+    n_repaired: int | None
+    requantise_s: float | None
+    decision_ms: float | None
+    gates: str
+    validity: str
+    validity_reasons: list[str]
+    notes: list[str]
+    split: str
+    scheduling: str
+    hbm_budget_bytes: int | None
+    quality_weight: float
+    n_requests: int
+    n_windows: int
+    n_tokens: int
+    seeds: list[int]
+    commit: str | None
+    env_id: str
+    env_spec: str
+    trace_sha256: str
+    versions: str
+
+
+class AtQuality(TypedDict):
+    """The throughput of one policy (or family ``name*``, or ``best``) within a quality budget."""
+
+    policy: str
+    trace: str
+    model: str
+    system: str
+    batch_size: int
+    window: int
+    delta_nll_budget: float
+    tokens_per_s: float | None
+    achieved_by: str | None
+
+
+class Condition(NamedTuple):
+    """What two rows must share to be compared."""
+
+    trace: str
+    model: str
+    system: str
+    batch_size: int
+    window: int
+
+    @classmethod
+    def of(cls, row: Row | AtQuality) -> Condition:
+        """The condition of ``row``."""
+        return cls(row["trace"], row["model"], row["system"], row["batch_size"], row["window"])
+
+    def __str__(self) -> str:
+        """One line, as titles show it."""
+        return (
+            f"{self.trace} | {self.model} on {self.system} | batch {self.batch_size}, "
+            f"window {self.window}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """Rows, throughput at quality budgets, and where they come from. Iterates over its rows.
+
+    Attributes:
+        rows: one per policy and condition, in the order they were asked for.
+        at_quality: throughput where ΔNLL stays within each budget of ``QUALITY_BUDGETS``.
+        provenance: command, commit, versions, env specs, trace digests, seeds.
+    """
+
+    rows: Sequence[Row]
+    at_quality: Sequence[AtQuality] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Iterate over the rows."""
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        """Count of rows."""
+        return len(self.rows)
+
+    def by_condition(self) -> dict[Condition, list[Row]]:
+        """Rows grouped by what makes them comparable, order kept."""
+        groups: dict[Condition, list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault(Condition.of(row), []).append(row)
+        return groups
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document of ``ndp-gym evaluate --json``."""
+        return {
+            "rows": list(self.rows),
+            "at_quality": list(self.at_quality),
+            "provenance": dict(self.provenance),
+        }
+
+
+def at_quality(rows: Sequence[Row], budgets: Sequence[float] = QUALITY_BUDGETS) -> list[AtQuality]:
+    """Throughput within each ΔNLL budget: per policy, per family of variants, and the best of all.
+
+    A policy over the budget gets ``None``: nothing is interpolated between rows, because a mix of
+    two policies is a policy that nobody ran. Variants share a name up to trailing digits or a
+    ``[...]`` or ``@...`` suffix (``all_far3`` and ``all_far4`` make ``all_far*``).
+
+    Args:
+        rows: rows of one condition.
+        budgets: in nats.
+    """
+    found: list[AtQuality] = []
+    for budget in budgets:
+        for label, members in _families(rows).items():
+            within = [r for r in members if _within(r, budget)]
+            best = max(within, key=lambda r: r["tokens_per_s"] or 0.0, default=None)
+            trace, model, system, batch_size, window = Condition.of(members[0])
+            found.append(
+                AtQuality(
+                    policy=label,
+                    trace=trace,
+                    model=model,
+                    system=system,
+                    batch_size=batch_size,
+                    window=window,
+                    delta_nll_budget=budget,
+                    tokens_per_s=None if best is None else best["tokens_per_s"],
+                    achieved_by=None if best is None else best["policy"],
+                )
+            )
+    return found
+
+
+def pareto_front(rows: Sequence[Row]) -> list[Row]:
+    """Rows that no other row beats in both tokens per second and ΔNLL, by rising ΔNLL."""
+    known = [r for r in rows if r["tokens_per_s"] is not None and r["delta_nll_nats"] is not None]
+    known.sort(key=lambda r: (r["delta_nll_nats"] or 0.0, -(r["tokens_per_s"] or 0.0)))
+    front: list[Row] = []
+    for row in known:
+        if not front or (row["tokens_per_s"] or 0.0) > (front[-1]["tokens_per_s"] or 0.0):
+            front.append(row)
+    return front
+
+
+def all_hbm_winner(rows: Sequence[Row]) -> Row | None:
+    """The all-in-HBM row of a condition if its reward is the highest of all rows, else ``None``.
+
+    The reward weighs speed against quality, so a row that is fast only because it dropped nearly
+    all bits does not win.
+    """
+    known = [r for r in rows if r["reward"] is not None]
+    best = max(known, key=lambda r: r["reward"] or 0.0, default=None)
+    return best if best is not None and best["policy"] in ALL_HBM_POLICIES else None
+
+
+def better_all_hbm(rows: Sequence[Row]) -> Row | None:
+    """The faster of the feasible all-in-HBM rows of a condition, or ``None``."""
+    known = [r for r in rows if r["policy"] in ALL_HBM_POLICIES and r["tokens_per_s"] is not None]
+    return max(known, key=lambda r: r["tokens_per_s"] or 0.0, default=None)
+
+
+def _families(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Label -> rows: every policy, every family with at least two members, and all as ``best``."""
+    single = {row["policy"]: [row] for row in rows}
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        families.setdefault(re.sub(r"([@\[].*|\d+)$", "", row["policy"]), []).append(row)
+    shared = {f"{name}*": members for name, members in families.items() if len(members) > 1}
+    return {**single, **shared, "best": list(rows)} if rows else {}
+
+
+def _within(row: Row, budget: float) -> bool:
+    loss = row["delta_nll_nats"]
+    return loss is not None and row["tokens_per_s"] is not None and loss <= budget
