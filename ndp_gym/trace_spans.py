@@ -24,7 +24,7 @@ def find_shared_span(
     """First pair of rows in different splits from where ``MIN_SPAN`` tokens are routed alike.
 
     Exact 8-token anchors are found by hash; around each, 64 consecutive rows are compared as sets
-    and count as the same text where 95 % of the (token, layer) sets agree.
+    and count as the same text where the first and the last row agree and 95 % of all sets do.
 
     Returns:
         ``(row, other row, n_rows)`` or None. Always None where every expert is used by every token.
@@ -107,7 +107,9 @@ def _longest_around(
     two = np.sort(expert_ids[b - back : b + ahead], axis=2)
     same = (one == two).all(axis=2).mean(axis=1)
     means = np.convolve(same, np.ones(MIN_SPAN) / MIN_SPAN, mode="valid")
-    good = np.flatnonzero(means >= SAME_SHARE - 1e-12)
+    whole = same == 1.0
+    ends = whole[: 1 - MIN_SPAN] & whole[MIN_SPAN - 1 :]
+    good = np.flatnonzero((means >= SAME_SHARE) & ends)
     if not len(good):
         return None
     first = int(good[0])
