@@ -5,36 +5,69 @@ it is first used, so that the import stays fast and needs neither numba nor torc
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import gymnasium
 
+if TYPE_CHECKING:
+    from ndp_gym.cache import CacheStats, replay_cache
+    from ndp_gym.evaluation import evaluate
+    from ndp_gym.plan import Placement, Plan
+    from ndp_gym.policy import Policy, PolicyContext
+    from ndp_gym.quality import QualityModel
+    from ndp_gym.simulate import transition
+    from ndp_gym.specs import GpuSpec, MoESpec, Service, SystemSpec
+    from ndp_gym.trace import RoutingTrace
+
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ENV_ID",
+    "CacheStats",
+    "GpuSpec",
+    "MoESpec",
+    "Placement",
+    "Plan",
+    "Policy",
+    "PolicyContext",
+    "QualityModel",
+    "RoutingTrace",
+    "Service",
+    "SystemSpec",
+    "__version__",
+    "evaluate",
+    "replay_cache",
+    "transition",
+]
 
 ENV_ID = "NDPPlacement-v0"
 
-_EXPORTS = {
-    "CacheStats": "ndp_gym.cache",
-    "GpuSpec": "ndp_gym.specs",
-    "MoESpec": "ndp_gym.specs",
-    "Placement": "ndp_gym.plan",
-    "Plan": "ndp_gym.plan",
-    "RoutingTrace": "ndp_gym.trace",
-    "Service": "ndp_gym.specs",
-    "SystemSpec": "ndp_gym.specs",
-    "evaluate": "ndp_gym.evaluate",
-    "replay_cache": "ndp_gym.cache",
-    "transition": "ndp_gym.simulate",
+_HOMES = {  # what this package re-exports -> the module that defines it
+    "CacheStats": "cache",
+    "GpuSpec": "specs",
+    "MoESpec": "specs",
+    "Placement": "plan",
+    "Plan": "plan",
+    "Policy": "policy",
+    "PolicyContext": "policy",
+    "QualityModel": "quality",
+    "RoutingTrace": "trace",
+    "Service": "specs",
+    "SystemSpec": "specs",
+    "evaluate": "evaluation",
+    "replay_cache": "cache",
+    "transition": "simulate",
 }
 
-__all__ = ["ENV_ID", "__version__", *_EXPORTS]
 
+if not TYPE_CHECKING:  # type checkers would otherwise accept every name
 
-def __getattr__(name: str) -> object:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
