@@ -1,0 +1,56 @@
+import sys
+
+import pytest
+
+from ndp_gym import presets
+from ndp_gym.cli import main
+
+
+def test_every_model_and_its_size_is_listed(capsys):
+    assert main(["list", "models"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in presets.names("models"))
+    assert "46.7" in shown
+    assert "assumed" in shown
+
+
+def test_every_system_is_listed_and_sources_on_request(capsys):
+    assert main(["list", "systems"]) == 0
+    brief = capsys.readouterr().out
+    assert all(name in brief for name in presets.names("systems"))
+    assert "in_place" in brief
+    assert "fetch" in brief
+    assert main(["list", "systems", "--sources"]) == 0
+    assert "seed_ndp: arXiv 2512.04476" in capsys.readouterr().out
+
+
+def test_policies_are_listed_from_the_checkout(capsys):
+    assert main(["list", "policies"]) == 0
+    assert "policies.lru:Lru" in capsys.readouterr().out
+
+
+def test_without_the_policies_folder_the_listing_says_how_to_name_one(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "policies", None)
+    monkeypatch.setattr("importlib.import_module", missing_policies)
+    assert main(["list", "policies"]) == 0
+    assert "module:attribute" in capsys.readouterr().out
+
+
+def missing_policies(name: str) -> object:
+    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_traces_can_be_listed(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.safetensors").write_bytes(b"not a trace")
+    assert main(["list", "traces"]) == 0
+    shown = capsys.readouterr().out
+    assert "train/val/test" in shown
+    assert "other.safetensors" not in shown
+
+
+def test_unknown_kind_is_one_sentence_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["list", "planets"])
+    assert error.value.code == 2
+    assert "invalid choice: 'planets'" in capsys.readouterr().err
