@@ -22,7 +22,8 @@ ROOMS = {
     "simulate": "kernel simulate state outcome batch",
     "reward": "reward",
     "env": "schedule memory lanes encoding env vector wrappers sb3 render",
-    "evaluate": "statistics provenance inputs results rows rollout evaluation figure report tracking",
+    "evaluate": "statistics provenance inputs results rows rollout evaluation figure report "
+    "tracking",
     "cli": "commands cli __main__",
 }
 RANK = {module: rank for rank, names in enumerate(ROOMS.values()) for module in names.split()}
