@@ -1,0 +1,26 @@
+"""Policies by bare name: one file each, and one line in `POLICIES`.
+
+An entry is ``module:attribute``, options may follow: ``policies.all_far:AllFar:bits=3``. The same
+syntax works on the command line, ``--policies all_far:bits=3,balance:hysteresis=0.3`` needs quotes
+only where the shell does.
+"""
+
+POLICIES: dict[str, str] = {
+    "all_far": "policies.all_far:AllFar",
+    "all_far4": "policies.all_far:AllFar:bits=4",
+    "all_far3": "policies.all_far:AllFar:bits=3",
+    "all_far2": "policies.all_far:AllFar:bits=2",
+    "all_hbm": "policies.all_hbm:AllHbm",
+    "all_hbm_mixed": "policies.all_hbm_mixed:AllHbmMixed",
+    "balance": "policies.balance:Balance",
+    "context_aware": "policies.context_aware:ContextAware",
+    "ema": "policies.ema:Ema",
+    "hindsight_static": "policies.hindsight_static:OracleHindsightStatic",
+    "lfu": "policies.lfu:Lfu",
+    "lru": "policies.lru:Lru",
+    "oracle_balance": "policies.oracle_balance:OracleBalance",
+    "oracle_hot": "policies.oracle_hot:OracleHot",
+    "prefill_topk": "policies.prefill_topk:PrefillTopK",
+    "random": "policies.random:Random",
+    "static_popularity": "policies.static_popularity:StaticPopularity",
+}

@@ -1,0 +1,67 @@
+"""Balance GPU and far device layer by layer, bits where quality is cheapest: the one to beat."""
+
+from dataclasses import fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndp_gym.forecast import Blend, Forecast, forecast
+from ndp_gym.plan import HBM, Plan
+from ndp_gym.planners import Copies, Knobs, balance, facts_of
+from ndp_gym.policy import Observation, PolicyContext, budget_bytes
+
+
+class Balance:
+    """Formulation H4 of the placement study (``ndp_gym.planners.balance``), replanned every window.
+
+    Args:
+        constants: fields of `Knobs` (gpu_factor, far_factor, price, hysteresis, min_gain) and of
+            `Blend` (prefill, last, floor).
+    """
+
+    def __init__(self, **constants: float) -> None:
+        """Set constants by name, the others keep their defaults.
+
+        Raises:
+            ValueError: a constant does not exist.
+        """
+        known = {f.name: kind for kind in (Knobs, Blend) for f in fields(kind)}
+        unknown = sorted(constants.keys() - known.keys())
+        if unknown:
+            raise ValueError(f"balance has no constant {unknown}; it has {sorted(known)}")
+        chosen = {
+            kind: {n: v for n, v in constants.items() if known[n] is kind}
+            for kind in known.values()
+        }
+        self.knobs, self.blend = Knobs(**chosen[Knobs]), Blend(**chosen[Blend])
+
+    def reset(self, context: PolicyContext) -> None:
+        """Read the nominal costs; nothing is planned yet."""
+        self.context = context
+        self.facts = facts_of(
+            context.model, context.system, context.quality, context.quality_weight, context.window
+        )
+        self.planned = np.zeros((context.model.n_layers, context.model.n_experts), np.int64)
+        self.in_hbm = np.zeros(self.planned.shape, np.bool_)
+
+    def __call__(self, observation: Observation) -> Plan:
+        """The balanced plan for the blend of past loads."""
+        expected = self.expect(observation)
+        copies = self._copies(observation)
+        plan = balance(self.facts, expected, copies, budget_bytes(observation), self.knobs)
+        self.planned = plan.placement.bitwidth.astype(np.int64)
+        self.in_hbm = plan.placement.tier == HBM
+        return plan
+
+    def expect(self, observation: Observation) -> Forecast:
+        """Routing of the coming window: prefill of new requests, averages of old ones."""
+        return forecast(observation, self.context.model.top_k, self.blend, self.context.profile)
+
+    def _copies(self, observation: Observation) -> Copies:
+        present: NDArray[np.int64] = np.where(
+            observation["tier"] == HBM, observation["bitwidth"], 0
+        ).astype(np.int64)
+        kept = self.in_hbm & ((present > 0) | (observation["in_flight"] > 0))
+        return Copies(
+            planned=self.planned, wanted=np.where(kept, self.planned, present), present=present
+        )
