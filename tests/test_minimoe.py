@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from ndp_gym.trace import RoutingTrace
-from traces.minimoe import text, tokenizer, weights
+from ndp_gym.trace_loops import looped_rows
+from traces.minimoe import bundle, card, text, tokenizer, weights
+from traces.minimoe.card_table import statistics_by_name
 from traces.minimoe.experts import Experts
 from traces.minimoe.model import Config, MiniMoE, tap_routers
 from traces.minimoe.prompts import Prompt, PromptSource
+from traces.minimoe.real_models import CELLS
 from traces.minimoe.record import (
     Request,
     Sampling,
     assign_splits,
-    looped_steps,
     record,
     record_request,
     route,
@@ -146,10 +148,10 @@ def test_prompts_never_use_text_twice() -> None:
 def test_planted_loop_is_found_where_it_starts() -> None:
     rng = np.random.default_rng(0)
     ids = np.argsort(rng.random((200, 4, 64)), axis=2)[:, :, :6]
-    assert not looped_steps(ids).any()
+    assert not looped_rows(ids).any()
     for t in range(100, 160):
         ids[t] = ids[t - 7]
-    looped = looped_steps(ids)
+    looped = looped_rows(ids)
     assert not looped[:110].any()
     assert looped[124:160].all()
     assert not looped[170:].any()
@@ -227,6 +229,25 @@ def test_weights_survive_the_file(tiny: MiniMoE, tmp_path: Path) -> None:
     assert back.n_steps == 7
     for one, two in zip(tiny.parameters(), back.model.parameters(), strict=True):
         assert torch.equal(one.half().float(), two)
+
+
+def test_card_quotes_a_cell_for_every_statistic(tiny: MiniMoE, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    held_out = {d: rng.integers(160, size=9000).astype(np.uint16) for d in text.DOMAINS}
+    sampling = Sampling(n_tokens=80)
+    requests = list(record(tiny, held_out, 20, sampling, print))
+    source = weights.Weights(model=tiny, tokenizer=tokenizer.Tokenizer([]), n_steps=7)
+    weights.save(tmp_path / card.WEIGHTS_FILE, source)
+    made = bundle.make_trace(requests, TINY, sampling, tmp_path / card.WEIGHTS_FILE)
+    trace = made.save(tmp_path / card.TRACE_FILE)
+    assert trace.metadata.extra["tokens_of_request_0"] == requests[0].tokens.tolist()
+    np.testing.assert_array_equal(trace.expert_ids[-80:], requests[-1].expert_ids[-80:])
+    assert statistics_by_name(trace).keys() == CELLS.keys()
+    card.write(tmp_path, trace, source, {"code": 1.234})
+    written = (tmp_path / card.CARD_FILE).read_text()
+    assert "Step-to-step reuse is set by the leaky router" in written
+    assert trace.sha256 in written
+    assert "code 1.23" in written
 
 
 def test_shipped_trace_comes_from_the_shipped_weights() -> None:

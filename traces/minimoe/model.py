@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -36,20 +36,6 @@ class Config:
         """Share alpha of the previous token in layer ``layer``'s routing logits."""
         phase = layer / max(1, self.n_layers - 1)
         return self.leak_edge + (self.leak_middle - self.leak_edge) * math.sin(math.pi * phase)
-
-    def metadata(self) -> dict[str, str]:
-        """The fields as strings, for a safetensors header."""
-        return {k: repr(v) for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_metadata(cls, metadata: dict[str, str]) -> "Config":
-        """Inverse of ``metadata``; a missing or unreadable field is a ``ValueError``."""
-        values = {}
-        for name, default in asdict(cls()).items():
-            if name not in metadata:
-                raise ValueError(f"weights file lacks the metadata field {name!r}")
-            values[name] = type(default)(metadata[name])
-        return cls(**values)
 
 
 @dataclass

@@ -3,20 +3,19 @@
 It hooks the router modules, as one hooks Hugging Face models, and knows no file format.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ndp_gym.trace_loops import looped_rows
 from traces.minimoe.model import MiniMoE, RouterOutput, tap_routers
 from traces.minimoe.prompts import Prompt, PromptSource, Stream
 
-LOOP_WINDOW = 24
-LOOP_LAGS = range(2, 160)
-LOOP_OVERLAP = 0.8
 _SPLIT_ORDER = ("test", "train", "test", "val")
 
 Ids = npt.NDArray[np.uint8]
@@ -38,13 +37,15 @@ class Request:
     """One recorded request of S prompt rows and N decode rows.
 
     ``tokens`` [S + N], ``expert_ids`` [S + N, L, K] in descending order of weight and
-    ``gate_weights`` [S + N, L, K] that sum to 1 (within half precision).
+    ``gate_weights`` [S + N, L, K] that sum to 1 (within half precision). ``n_looped`` answers were
+    thrown away before this one.
     """
 
     prompt: Prompt
     tokens: npt.NDArray[np.int64]
     expert_ids: Ids
     gate_weights: Gates
+    n_looped: int = 0
 
     @property
     def n_prompt(self) -> int:
@@ -120,28 +121,6 @@ def route(model: MiniMoE, tokens: npt.NDArray[np.int64]) -> tuple[Ids, Gates]:
     return stack_routing(outputs)
 
 
-def looped_steps(expert_ids: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
-    """Which rows [T] of ``expert_ids`` [T, L, K] end a stretch that repeats an earlier one.
-
-    A row is looped if, for some lag of 2..159 tokens, the share of experts in common with the
-    row that far back exceeds 0.8 on average over the last 24 rows.
-    """
-    ids = expert_ids.astype(np.int64)
-    n_rows, n_layers, top_k = ids.shape
-    chosen = np.zeros((n_rows, n_layers, int(ids.max(initial=0)) + 1), dtype=np.float32)
-    np.put_along_axis(chosen, ids, 1.0, axis=2)
-    flat = chosen.reshape(n_rows, -1)
-    overlap = flat @ flat.T / (n_layers * top_k)
-    looped = np.zeros(n_rows, dtype=np.bool_)
-    for lag in LOOP_LAGS:
-        if n_rows - lag < LOOP_WINDOW:
-            break
-        along = np.concatenate(([0.0], np.cumsum(np.diagonal(overlap, -lag), dtype=np.float64)))
-        mean = (along[LOOP_WINDOW:] - along[:-LOOP_WINDOW]) / LOOP_WINDOW
-        looped[lag + LOOP_WINDOW - 1 :] |= mean > LOOP_OVERLAP
-    return looped
-
-
 def record(
     model: MiniMoE,
     held_out: Mapping[str, Stream],
@@ -156,21 +135,20 @@ def record(
     torch.set_num_threads(1)
     rng = np.random.default_rng(sampling.seed)
     source = PromptSource(held_out, rng)
-    n_looped = 0
     for i in range(n_requests):
         turn, d = divmod(i, len(source.domains))
-        while True:
+        for n_looped in count():
             prompt = source.draw(source.domains[d], mixed=turn % 2 == 1)
             request = record_request(model, prompt, sampling, rng)
-            if not looped_steps(request.expert_ids[request.n_prompt :]).any():
+            if not looped_rows(request.expert_ids[request.n_prompt :]).any():
+                yield replace(request, n_looped=n_looped)
                 break
-            n_looped += 1
+            report(f"request {i + 1} fell into a loop ({prompt.domain}), drawn again")
         if (i + 1) % 5 == 0:
-            report(f"request {i + 1}/{n_requests}  {n_looped} looped and drawn again")
-        yield request
+            report(f"request {i + 1}/{n_requests}")
 
 
-def assign_splits(requests: list[Request], seed: int) -> list[str]:
+def assign_splits(requests: Sequence[Request], seed: int) -> list[str]:
     """Half test, a quarter train, a quarter val; even over domains and over kinds of prompt."""
     rng = np.random.default_rng(seed)
     shuffled = [requests[i] for i in rng.permutation(len(requests))]

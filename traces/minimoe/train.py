@@ -136,22 +136,29 @@ def train(
             logits = model(tokens[:, :-1])
         loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         aux, z = balance(outputs)
-        optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss + recipe.balance * aux + recipe.z_loss * z)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.rate(step)
-        optimiser.step()
+        _update(
+            model, optimiser, loss + recipe.balance * aux + recipe.z_loss * z, recipe.rate(step)
+        )
         if not math.isfinite(loss.item()):
             raise ValueError(f"training diverged at step {step}")
         smooth += 0.04 * (loss.item() - smooth)
         if (step + 1) % 25 == 0:
-            seconds = time.perf_counter() - began
             report(
                 f"step {step + 1}/{recipe.n_steps}  loss {smooth:.3f} nats/token  "
-                f"balance {aux.item():.3f}  {seconds:.0f} s"
+                f"balance {aux.item():.3f}  {time.perf_counter() - began:.0f} s"
             )
     return model.eval()
+
+
+def _update(
+    model: MiniMoE, optimiser: torch.optim.Optimizer, objective: Tensor, rate: float
+) -> None:
+    optimiser.zero_grad(set_to_none=True)
+    torch.autograd.backward(objective)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.step()
 
 
 @torch.no_grad()

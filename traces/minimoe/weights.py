@@ -1,6 +1,7 @@
-"""The weights file: a model in half precision with its vocabulary."""
+"""The weights file: a model in half precision with its vocabulary, as safetensors."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from traces.minimoe.model import Config, MiniMoE
 from traces.minimoe.tokenizer import Tokenizer
 
 _MERGES = "vocabulary.merges"
+_METADATA = "minimoe"  # one key: the library does not keep the order of several
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,36 +26,43 @@ class Weights:
 
 
 def save(path: Path, weights: Weights) -> None:
-    """Write ``weights`` as float16 safetensors; parameters outside its range are refused."""
+    """Write ``weights`` as float16; the same weights always give the same bytes.
+
+    Raises:
+        ValueError: If a parameter is outside the range of half precision.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, value in weights.model.state_dict().items():
-        tensors[name] = value.to(torch.float16)
+        tensors[name] = value.to(torch.float16).contiguous()
         if not bool(torch.isfinite(tensors[name]).all()):
             raise ValueError(f"parameter {name!r} does not fit in half precision")
     merges = np.array(weights.tokenizer.merges, dtype=np.int16).reshape(-1, 2)
     tensors[_MERGES] = torch.from_numpy(merges)
-    metadata = weights.model.config.metadata()
-    metadata |= {"n_steps": str(weights.n_steps), "licence": "Apache-2.0"}
-    save_file({k: t.contiguous() for k, t in sorted(tensors.items())}, str(path), metadata)
+    facts = {
+        "config": asdict(weights.model.config),
+        "n_steps": weights.n_steps,
+        "licence": "Apache-2.0",
+    }
+    save_file(tensors, str(path), {_METADATA: json.dumps(facts, sort_keys=True)})
 
 
 def load(path: Path) -> Weights:
     """Read a file of ``save``; the model computes in float32 on the stored half precision.
 
     Raises:
-        ValueError: If a tensor or a metadata field is missing or has the wrong shape.
+        ValueError: If the metadata or a tensor is missing or does not fit.
         OSError: If the file cannot be read.
     """
     with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
+        text = (file.metadata() or {}).get(_METADATA)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if _MERGES not in tensors:
-        raise ValueError(f"{path.name} lacks the tensor {_MERGES!r}")
+    if text is None or _MERGES not in tensors:
+        raise ValueError(f"{path.name} must hold {_METADATA!r} metadata and {_MERGES!r}")
+    facts = json.loads(text)
     tokenizer = Tokenizer((a, b) for a, b in tensors.pop(_MERGES).tolist())
-    model = MiniMoE(Config.from_metadata(metadata))
     try:
+        model = MiniMoE(Config(**facts["config"]))
         model.load_state_dict({k: t.to(torch.float32) for k, t in tensors.items()})
-    except RuntimeError as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path.name} does not hold a MiniMoE: {error}") from error
-    n_steps = int(metadata.get("n_steps", "0"))
-    return Weights(model=model.eval(), tokenizer=tokenizer, n_steps=n_steps)
+    return Weights(model=model.eval(), tokenizer=tokenizer, n_steps=int(facts["n_steps"]))
