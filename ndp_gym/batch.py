@@ -1,0 +1,304 @@
+"""`Simulator`: N independent lanes of state that one call advances through the compiled kernel.
+
+It packs plans and windows into arrays, splits the lanes over threads and hands back outcomes. It
+knows neither policies nor Gymnasium. The kernel, and numba with it, is imported when the first
+lane is made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndp_gym.cost import cost_table, requantise_s
+from ndp_gym.outcome import Outcome, Outputs, outcome_of
+from ndp_gym.plan import nearest_width
+from ndp_gym.quality import QualityModel, rel_mse_table
+from ndp_gym.specs import MoESpec, Service, SystemSpec
+from ndp_gym.state import State, Window
+
+if TYPE_CHECKING:
+    from ndp_gym.kernel import LaneState, Plans, Prices, Windows
+
+_KINDS = ("in_place", "fetch")
+_CACHES = ("none", "lru", "lfu", "fifo")
+_SCOPES = ("layer", "global")
+_LANES_PER_THREAD = 4  # fewer are not worth a second thread
+
+
+class Costs(NamedTuple):
+    """Everything about a window's cost that depends on model, system and error model alone."""
+
+    system: SystemSpec
+    prices: Prices
+    ref_bits: int  # width of the stateless reference
+
+
+@lru_cache(maxsize=256)
+def costs(model: MoESpec, system: SystemSpec, quality: QualityModel) -> Costs:
+    """Cost tables of ``model`` on ``system`` and the stateless reference (all far, 4 bit)."""
+    from ndp_gym.kernel import Prices
+
+    table = cost_table(model, system)
+    seconds = np.zeros(17)
+    if system.requantise:
+        for bits in system.stored_bits[1:]:
+            seconds[bits] = requantise_s(model, system, bits)
+    ref_bits = nearest_width(system, 4)
+    errors = np.ascontiguousarray(rel_mse_table(model, system, quality), dtype=np.float64)
+    prices = Prices(
+        table=table,
+        rel_mse=errors.reshape(-1, errors.shape[-1]),
+        requantise_s=seconds,
+        ref_place=np.full(model.n_layers * model.n_experts, -1 - table.index_of[ref_bits], np.int8),
+        ref_service=np.array(_service_codes(system.default_service), dtype=np.int64),
+    )
+    return Costs(system, prices, ref_bits)
+
+
+class Simulator:
+    """N lanes of states that one call advances together, each by its own plan and window.
+
+    The arrays of ``state`` are owned and updated in place; `transition` is the pure view of one
+    lane.
+    """
+
+    def __init__(
+        self, model: MoESpec, system: SystemSpec, quality: QualityModel, *, n_lanes: int
+    ) -> None:
+        """Empty lanes, all on ``system``."""
+        self.model, self.quality, self.n_lanes = model, quality, n_lanes
+        self.shape = (model.n_layers, model.n_experts)
+        self.costs = [costs(model, system, quality)] * n_lanes
+        self.state = _empty_state(n_lanes, model.n_layers * model.n_experts)
+        self._no_state = _empty_state(1, model.n_layers * model.n_experts)
+        for lane in range(n_lanes):
+            self.reset(lane, system)
+
+    def reset(self, lane: int, system: SystemSpec) -> None:
+        """Empty one lane's HBM and put it on ``system``, the actual one."""
+        self.costs[lane] = costs(self.model, system, self.quality)
+        for array in self.state:
+            array[lane] = 0
+        self.state.made[lane] = system.stored_bits[0]
+        self.state.scalars[lane, 3] = 1
+
+    def advance(
+        self,
+        *,
+        tier: NDArray[np.uint8],
+        bits: NDArray[np.uint8],
+        order: NDArray[np.float64],
+        services: Sequence[Service],
+        windows: Windows,
+        length: int,
+        budgets: NDArray[np.int64],
+    ) -> Outcome:
+        """One window of every lane -> outcome with a lane axis.
+
+        ``tier``, ``bits``, ``order``: [N, L, E]; ``budgets``: [N] bytes; one service per lane.
+
+        Plans are trusted: `ndp_gym.plan.check_plan` names what is wrong with one.
+        """
+        from ndp_gym import kernel
+
+        flat = (self.n_lanes, -1)
+        plans = kernel.Plans(
+            np.ascontiguousarray(tier, np.uint8).reshape(flat),
+            np.ascontiguousarray(bits, np.uint8).reshape(flat),
+            np.ascontiguousarray(order, np.float64).reshape(flat),
+            np.array([_service_codes(s) for s in services], dtype=np.int64),
+            np.ascontiguousarray(budgets, np.int64),
+        )
+        n_widths = self.costs[0].prices.table.bits.size
+        outputs = _empty_outputs(self.n_lanes, self.shape, length, n_widths)
+        for first, last in _same(self.costs):
+            self._run(first, last, windows, plans, outputs)
+        return outcome_of(outputs, self.model, self.costs, self.quality)
+
+    def _run(self, first: int, last: int, windows: Windows, plans: Plans, outputs: Outputs) -> None:
+        """Lanes first..last-1, which share their costs, on as many threads as pay."""
+        from ndp_gym.kernel import run_lanes
+
+        prices, n_experts = self.costs[first].prices, self.shape[1]
+        chunks = max(1, min(_n_threads(), (last - first) // _LANES_PER_THREAD))
+        edges = np.linspace(first, last, chunks + 1).astype(int).tolist()
+
+        def run(lo: int, hi: int) -> None:
+            run_lanes(
+                lo, hi, windows, plans, n_experts, prices, self.state, self._no_state, *outputs
+            )
+
+        if chunks == 1:
+            run(first, last)
+        else:
+            list(_threads().map(run, edges[:-1], edges[1:]))
+
+    def put_state(self, lane: int, state: State) -> None:
+        """Copy ``state`` into one lane."""
+        if state.hbm_bits.shape != self.shape:
+            raise ValueError(
+                f"state must be of [n_layers, n_experts]={self.shape}, got {state.hbm_bits.shape}"
+            )
+        arrays = self.state
+        for array, value in (
+            (arrays.hbm, state.hbm_bits),
+            (arrays.far, state.far_bits),
+            (arrays.target, state.target_bits),
+            (arrays.made, state.made_bits),
+            (arrays.cache, state.cache_bits),
+            (arrays.cache_time, state.cache_time),
+            (arrays.cache_uses, state.cache_uses),
+        ):
+            array[lane] = value.ravel()
+        arrays.queue[lane, : state.queue.size] = state.queue
+        arrays.scalars[lane] = state.queue.size, state.head_bytes, state.tick, state.is_fresh
+
+    def get_state(self, lane: int, load: NDArray[np.float64] | None = None) -> State:
+        """A copy of one lane's state; ``load`` [L, E] becomes its default migration order."""
+        s = self.state
+        length, head_bytes, tick, fresh = (int(v) for v in s.scalars[lane])
+        return State(
+            hbm_bits=s.hbm[lane].reshape(self.shape).copy(),
+            far_bits=s.far[lane].reshape(self.shape).copy(),
+            target_bits=s.target[lane].reshape(self.shape).copy(),
+            made_bits=s.made[lane].reshape(self.shape).copy(),
+            queue=s.queue[lane, :length].copy(),
+            head_bytes=head_bytes,
+            cache_bits=s.cache[lane].reshape(self.shape).copy(),
+            cache_time=s.cache_time[lane].reshape(self.shape).copy(),
+            cache_uses=s.cache_uses[lane].reshape(self.shape).copy(),
+            tick=tick,
+            load=np.zeros(self.shape) if load is None else load,
+            is_fresh=bool(fresh),
+        )
+
+
+def stack_windows(windows: Sequence[Window]) -> Windows:
+    """Windows over one recording, one per lane, as the kernel reads them."""
+    first = windows[0]
+    return window_arrays(
+        first.expert_ids,
+        first.gate_weights,
+        first.gate_profile,
+        np.stack([w.first_row for w in windows]),
+        np.stack([w.n_rows for w in windows]),
+        np.stack([w.context for w in windows]),
+    )
+
+
+def window_arrays(
+    expert_ids: NDArray[Any],
+    gate_weights: NDArray[np.float16] | None,
+    gate_profile: NDArray[np.float64] | None,
+    first_row: NDArray[np.int64],
+    n_rows: NDArray[np.int64],
+    context: NDArray[np.int64],
+) -> Windows:
+    """The kernel's view of a recording [T, L, K] and of each lane's slots [N, B]."""
+    from ndp_gym.kernel import Windows
+
+    ids = _read_only(expert_ids)
+    top_k = ids.shape[2]
+    profile = (
+        np.full(top_k, 1.0 / top_k)
+        if gate_profile is None
+        else np.asarray(gate_profile, np.float64)
+    )
+    gates = np.empty((0, 0, 0), np.uint16) if gate_weights is None else gate_weights.view(np.uint16)
+    return Windows(
+        ids,
+        _read_only(gates),
+        _gate_of_bits(),
+        profile,
+        np.ascontiguousarray(first_row, np.int64),
+        np.ascontiguousarray(n_rows, np.int64),
+        np.ascontiguousarray(context, np.int64),
+    )
+
+
+def _read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """A plain read-only view, so that files and arrays in memory share one compiled kernel."""
+    view = np.ascontiguousarray(array).view(np.ndarray)
+    view = view[:]
+    view.flags.writeable = False
+    return view
+
+
+@cache
+def _gate_of_bits() -> NDArray[np.float32]:
+    table = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    table.flags.writeable = False
+    return table
+
+
+@cache
+def _n_threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_n_threads(), thread_name_prefix="ndp_gym")
+
+
+def _same(items: Sequence[Costs]) -> Iterable[tuple[int, int]]:
+    """Runs (first, last) of neighbours that are the same object."""
+    first = 0
+    for i in range(1, len(items) + 1):
+        if i == len(items) or items[i] is not items[first]:
+            yield first, i
+            first = i
+
+
+@lru_cache(maxsize=64)
+def _service_codes(service: Service) -> tuple[int, int, int]:
+    return _KINDS.index(service.kind), _CACHES.index(service.cache), _SCOPES.index(service.scope)
+
+
+def _empty_state(n_lanes: int, n: int) -> LaneState:
+    from ndp_gym.kernel import LaneState
+
+    u8, i64 = np.uint8, np.int64
+    return LaneState(
+        hbm=np.zeros((n_lanes, n), u8),
+        far=np.zeros((n_lanes, n), u8),
+        target=np.zeros((n_lanes, n), u8),
+        made=np.zeros((n_lanes, n), u8),
+        queue=np.zeros((n_lanes, n), np.int32),
+        cache=np.zeros((n_lanes, n), u8),
+        cache_time=np.zeros((n_lanes, n), i64),
+        cache_uses=np.zeros((n_lanes, n), i64),
+        scalars=np.zeros((n_lanes, 4), i64),
+    )
+
+
+def _empty_outputs(n_lanes: int, shape: tuple[int, int], length: int, n_widths: int) -> Outputs:
+    from ndp_gym.kernel import Planned, Replay
+
+    n = shape[0] * shape[1]
+    f8, i64, i32 = np.float64, np.int64, np.int32
+    replays = [
+        Replay(
+            layer=np.zeros((n_lanes, shape[0], 9), f8),
+            step_s=np.zeros((n_lanes, length), f8),
+            step_tokens=np.zeros((n_lanes, length), i64),
+            served=np.zeros((n_lanes, 2, n_widths), i64),
+            low_tokens=np.zeros((n_lanes, n), i32),
+            totals=np.zeros((n_lanes, 9), i64),
+        )
+        for _ in range(2)
+    ]
+    planned = Planned(
+        totals=np.zeros((n_lanes, 3), i64),
+        seconds=np.zeros((n_lanes, 2), f8),
+        counts=np.zeros((n_lanes, n), i32),
+        gate_energy=np.zeros((n_lanes, n), f8),
+    )
+    return Outputs(planned, *replays)

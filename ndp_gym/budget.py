@@ -1,0 +1,73 @@
+"""HBM bytes for expert weights: a number, a share of the model, or what KV leaves over."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndp_gym.cost import auto_budget_bytes, check_capacity, kv_bytes
+from ndp_gym.specs import MoESpec, SystemSpec
+from ndp_gym.trace import RoutingTrace
+
+HbmBudget = int | float | str
+"""Bytes (int), share of all routed-expert bytes at 16 bit (float in (0, 1]), or ``"auto"``."""
+
+
+def fixed_budget_bytes(hbm_budget: HbmBudget, model: MoESpec) -> int | None:
+    """Bytes of an explicit budget, ``None`` for ``"auto"``.
+
+    Raises:
+        ValueError: neither bytes, share nor ``"auto"``.
+    """
+    if hbm_budget == "auto":
+        return None
+    if isinstance(hbm_budget, bool | str):
+        raise ValueError(
+            f"hbm_budget must be bytes, a share in (0, 1] or 'auto', got {hbm_budget!r}"
+        )
+    if isinstance(hbm_budget, float):
+        if not 0 < hbm_budget <= 1:
+            raise ValueError(
+                f"hbm_budget as a float is a share in (0, 1] (bytes are an int), got {hbm_budget}"
+            )
+        return int(hbm_budget * model.routed_bytes16)
+    if hbm_budget < 0:
+        raise ValueError(f"hbm_budget must be >= 0 bytes, got {hbm_budget}")
+    return int(hbm_budget)
+
+
+def check_fits(
+    trace: RoutingTrace, model: MoESpec, system: SystemSpec, hbm_budget: HbmBudget, batch_size: int
+) -> None:
+    """Raise ``ValueError`` where replicas, or KV at its largest beside the budget, do not fit.
+
+    The largest KV is that of the ``batch_size`` longest recorded requests at their last token.
+    """
+    check_capacity(model, system)
+    lengths = np.sort(trace.requests.context_offset + trace.requests.length)[-batch_size:]
+    left = auto_budget_bytes(model, system, lengths, 0)
+    fixed = fixed_budget_bytes(hbm_budget, model)
+    if fixed is not None and fixed > left:
+        raise ValueError(
+            f"hbm_budget of {fixed} B must fit in HBM of {system.name!r} beside dense weights, "
+            f"reserve and {kv_bytes(model, lengths)} B of KV ({batch_size} requests of up to "
+            f"{lengths.max()} tokens): at most {left} B"
+        )
+
+
+def budgets_bytes(
+    fixed: int | None,
+    model: MoESpec,
+    system: SystemSpec,
+    contexts: NDArray[np.int64],
+    window: int,
+) -> NDArray[np.int64]:
+    """[N] budgets of lanes whose live requests have ``contexts`` [N, B] tokens (0 = idle slot).
+
+    ``"auto"`` (``fixed`` is ``None``) leaves room for ``window`` more tokens of every live
+    request, so it shrinks as contexts grow.
+    """
+    if fixed is not None:
+        return np.full(contexts.shape[0], fixed, np.int64)
+    rows = [auto_budget_bytes(model, system, row[row > 0], window) for row in contexts]
+    return np.array(rows, np.int64)
