@@ -99,6 +99,31 @@ def test_recalled_models_have_the_advertised_size(name, total):
     assert model.assumed
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("deepseek-v2-lite", (26, 64, 6)),
+        ("gpt-oss-120b", (36, 128, 4)),
+        ("olmoe-1b-7b", (16, 64, 8)),
+        ("qwen1.5-moe-a2.7b", (24, 60, 4)),
+        ("granite-3.0-3b-a800m", (32, 40, 8)),
+        ("gemma-4-26b-a4b", (30, 128, 6)),
+        ("mixtral-8x7b", (32, 8, 2)),
+        ("minimoe-16b", (8, 64, 6)),
+    ],
+)
+def test_models_have_the_layers_experts_and_top_k_of_their_recordings(name, shape):
+    model = presets.model(name)
+    assert (model.n_layers, model.n_experts, model.top_k) == shape
+
+
+def test_deepseek_v3_fits_the_large_device_only():
+    model = presets.model("deepseek-v3")
+    cost.check_capacity(model, presets.system("h100_structera"))
+    with pytest.raises(ValueError, match="store fewer widths"):
+        cost.check_capacity(model, presets.system("h100_cxl_pnm"))
+
+
 @pytest.mark.shared
 def test_recorded_expert_bytes_are_those_of_the_gemma_preset(shared_traces):
     """Gate and up in Q4_K (4.5 bit), down in Q5_0 (5.5) or Q8_0 (8.5)."""
