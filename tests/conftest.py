@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ndp_gym.importers import import_trace
 from ndp_gym.trace import RoutingTrace
 from ndp_gym.trace_metadata import TraceMetadata
 from ndp_gym.trace_requests import Requests, assign_splits
@@ -83,3 +84,12 @@ def make_trace(
 def tiny_trace() -> RoutingTrace:
     """L=2, E=4, K=2, 20 conversations in 25 requests, router-rank ids, gate weights."""
     return make_trace()
+
+
+HDMOE = "angerybob__HD-MoE/expert_trace/mixtral"
+
+
+@pytest.fixture(scope="session")
+def mixtral_trace(shared_traces: Path) -> RoutingTrace:
+    """The eight HD-MoE files as one trace: 80 requests of Mixtral-8x7B."""
+    return import_trace([shared_traces / HDMOE]).trace

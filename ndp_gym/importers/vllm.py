@@ -1,0 +1,233 @@
+"""vLLM ``routed_experts``: ``.npy`` arrays, or responses of the HTTP server (traces.md §3a).
+
+An array is ``[tokens, layers, K]``. Rows of -1 are positions that were not recorded (prefix cache),
+layers of zeros are dense. Ids only, no weights; E is not in the data.
+"""
+
+import base64
+import binascii
+import io
+import math
+from collections.abc import Sequence
+from tokenize import TokenError
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ndp_gym.importers.recording import ImportOptions, Recording, Segment
+from ndp_gym.importers.source import Source, integers, whole_number
+from ndp_gym.trace_file import parse_json
+
+_MAGIC = b"\x93NUMPY"
+_WORDS = (b'"routed_experts"', b'"prompt_routed_experts"')
+_MAX_CONTEXT = 2**31
+
+Ids = npt.NDArray[np.int64]
+
+
+def detects(source: Source) -> bool:
+    """Whether the content is a ``.npy`` array or JSON that mentions routed experts."""
+    if source.data.startswith(_MAGIC):
+        return True
+    return source.data.lstrip()[:1] in (b"{", b"[") and any(w in source.data for w in _WORDS)
+
+
+def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
+    """Every array is a request; the choices of one response share the prompt, so a conversation."""
+    if options.spans:
+        raise sources[0].fail("an array is one request in this format, --spans is not accepted")
+    parts: list[Ids] = []
+    segments: list[Segment] = []
+    model = "unknown"
+    conversation = 0
+    for source in sources:
+        for name, response_model, choices in _responses(source):
+            model = response_model or model
+            for ids, n_prompt, offset in choices:
+                kept, missing = _recorded(ids, name)
+                if parts and kept.shape[1:] != parts[0].shape[1:]:
+                    raise ValueError(
+                        f"{name} must have {parts[0].shape[1]} layers, top-{parts[0].shape[2]} "
+                        f"like the first one, got {kept.shape[1]}, top-{kept.shape[2]}"
+                    )
+                parts.append(kept)
+                rest = None if n_prompt is None else min(max(0, n_prompt - missing), len(kept))
+                segments.append(
+                    Segment(
+                        n_rows=len(kept),
+                        n_prompt=rest,
+                        context_offset=offset + missing,
+                        conversation=conversation,
+                    )
+                )
+            conversation += 1
+    ids, layer_ids = _routed_layers(np.concatenate(parts), sources[0])
+    warnings = []
+    if len(layer_ids) < parts[0].shape[1]:
+        dense = parts[0].shape[1] - len(layer_ids)
+        warnings.append(f"{dense} layers of zeros are taken as dense and dropped")
+    return Recording(
+        expert_ids=ids,
+        segments=segments,
+        model=model,
+        id_order="unknown",
+        layer_ids=layer_ids,
+        warnings=warnings,
+    )
+
+
+Choice = tuple[Ids, int | None, int]  # ids, prompt rows if known, tokens before the first row
+
+
+def _responses(source: Source) -> list[tuple[str, str | None, list[Choice]]]:
+    """(name, model, choices) of every response in the file."""
+    if source.data.startswith(_MAGIC):
+        return [(str(source.path), None, [(npy(source.data, str(source.path)), None, 0)])]
+    named = _documents(source)
+    result = []
+    for name, document in named:
+        model = document.get("model")
+        choices = _choices(document, name)
+        result.append((name, model if isinstance(model, str) else None, choices))
+    return result
+
+
+def _documents(source: Source) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        content = source.json
+        documents = content if isinstance(content, list) else [content]
+    except ValueError:
+        if len(source.lines) < 2:
+            raise
+        documents = [
+            parse_json(line, f"{source.path}: line {i}") for i, line in enumerate(source.lines, 1)
+        ]
+    named = [(f"{source.path}: response {i}", document) for i, document in enumerate(documents)]
+    for name, document in named:
+        if not isinstance(document, dict):
+            raise ValueError(f"{name} must be a JSON object, got {type(document).__name__}")
+    if not named:
+        raise source.fail("holds no response")
+    return named
+
+
+def _choices(document: dict[str, Any], name: str) -> list[Choice]:
+    choices = document.get("choices", document.get("outputs", [document]))
+    if not isinstance(choices, list) or not choices:
+        raise ValueError(f"{name}: choices must be a non-empty list, got {choices!r:.80}")
+    usage = document.get("usage")
+    n_prompt = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    if n_prompt is not None:
+        n_prompt = whole_number(n_prompt, 0, _MAX_CONTEXT, f"{name}: usage.prompt_tokens")
+    start = document.get("routed_experts_prompt_start", 0)
+    start = whole_number(start, 0, _MAX_CONTEXT, f"{name}: routed_experts_prompt_start")
+    shared = document.get("prompt_routed_experts")
+    prompt = None if shared is None else _array(shared, f"{name}: prompt_routed_experts")[0]
+    result = []
+    for index, choice in enumerate(choices):
+        where = f"{name}: choices[{index}].routed_experts"
+        if not isinstance(choice, dict) or choice.get("routed_experts") is None:
+            raise ValueError(f"{where} is missing")
+        ids, own_start = _array(choice["routed_experts"], where)
+        first = own_start or start
+        rest = None if n_prompt is None else max(0, n_prompt - first)
+        if prompt is not None:
+            if prompt.shape[1:] != ids.shape[1:]:
+                raise ValueError(f"{where} must have the layers and K of prompt_routed_experts")
+            ids, rest = np.concatenate([prompt, ids]), len(prompt)
+        result.append((ids, rest, first))
+    return result
+
+
+def _array(value: object, name: str) -> tuple[Ids, int]:
+    """Ids ``[tokens, layers, K]`` of base64 ``.npy``, nested lists or a data/shape/dtype object."""
+    if isinstance(value, str):
+        return npy(_decoded(value, name), name), 0
+    if not isinstance(value, dict):
+        return integers(value, 3, name), 0
+    data, shape, dtype = value.get("data"), value.get("shape"), value.get("dtype")
+    if not isinstance(data, str) or dtype not in ("uint8", "int16", "uint16", "int32", "int64"):
+        raise ValueError(
+            f"{name} must hold base64 data and an integer dtype, got dtype {dtype!r:.40}"
+        )
+    start = whole_number(value.get("start", 0), 0, _MAX_CONTEXT, f"{name}.start")
+    sizes = integers(shape, 1, f"{name}.shape").tolist()
+    return _from_bytes(_decoded(data, name), np.dtype(str(dtype)), sizes, "C", name), start
+
+
+def _decoded(text: str, name: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{name} must be base64: {error}") from None
+
+
+def npy(data: bytes, name: str) -> Ids:
+    """The integer array ``[tokens, layers, K]`` in a ``.npy`` file's bytes; never unpickles.
+
+    Raises:
+        ValueError: No such array, or one whose size is not that of the data.
+    """
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        reader = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = reader(file)
+    except KeyError:
+        raise ValueError(f"{name}: .npy version must be 1.0 or 2.0, got {version}") from None
+    except (ValueError, SyntaxError, TypeError, TokenError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{name}: damaged .npy header: {str(error)[:120]}") from None
+    return _from_bytes(data[file.tell() :], dtype, list(shape), "F" if fortran else "C", name)
+
+
+def _from_bytes(
+    data: bytes, dtype: np.dtype[Any], shape: Sequence[int], order: str, name: str
+) -> Ids:
+    if dtype.kind not in "iu" or len(shape) != 3 or min(shape) < 1:
+        raise ValueError(
+            f"{name} must be integers [tokens, layers, K], got {dtype} {list(shape)!s:.60}"
+        )
+    size = math.prod(shape) * dtype.itemsize
+    if size != len(data):
+        raise ValueError(
+            f"{name} must hold {size} bytes for {list(shape)} {dtype}, got {len(data)}"
+        )
+    ids = np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if order == "F" else "C")
+    unsigned_missing = dtype.kind == "u" and (ids == np.iinfo(dtype).max)
+    if int(ids.max()) > _MAX_CONTEXT:
+        raise ValueError(f"{name} must hold ids below 2**31, got {ids.max()}")
+    return np.where(unsigned_missing, -1, ids.astype(np.int64))
+
+
+def _recorded(ids: Ids, name: str) -> tuple[Ids, int]:
+    """The rows that were recorded, and how many are missing before them."""
+    missing = (ids == -1).all(axis=(1, 2))
+    if missing.all():
+        raise ValueError(f"{name} holds no recorded row (all -1)")
+    first = int(np.argmin(missing))
+    last = len(ids) - int(np.argmin(missing[::-1]))
+    if missing[first:last].any():
+        row = first + int(np.argmax(missing[first:last]))
+        raise ValueError(
+            f"{name} must have missing rows (-1) at its ends only, got one at row {row}"
+        )
+    if (ids[first:last] < 0).any():
+        row = first + int(np.argmax((ids[first:last] < 0).any(axis=(1, 2))))
+        raise ValueError(
+            f"{name} must hold ids >= 0 or rows of -1, got {ids[row].min()} in row {row}"
+        )
+    return ids[first:last], first
+
+
+def _routed_layers(ids: Ids, source: Source) -> tuple[Ids, tuple[int, ...]]:
+    """Ids without dense layers (all zeros), and the numbers of the layers kept."""
+    zeros = (ids == 0).all(axis=(0, 2))
+    if ids.shape[2] == 1:  # top-1 routing may send everything to expert 0: only leading layers
+        zeros &= np.cumprod(zeros).astype(np.bool_)
+    if zeros.all():
+        raise source.fail("every layer holds zeros only: no routed layer")
+    return ids[:, ~zeros], tuple(np.flatnonzero(~zeros).tolist())
