@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import gymnasium
 
 if TYPE_CHECKING:
-    from ndp_gym.cache import CacheStats, replay_cache
     from ndp_gym.evaluation import evaluate
     from ndp_gym.plan import Placement, Plan
     from ndp_gym.policy import Policy, PolicyContext
     from ndp_gym.quality import QualityModel
+    from ndp_gym.replay import CacheStats, replay_cache
     from ndp_gym.simulate import transition
     from ndp_gym.specs import GpuSpec, MoESpec, Service, SystemSpec
     from ndp_gym.trace import RoutingTrace
@@ -43,7 +43,7 @@ __all__ = [
 ENV_ID = "NDPPlacement-v0"
 
 _HOMES = {  # what this package re-exports -> the module that defines it
-    "CacheStats": "cache",
+    "CacheStats": "replay",
     "GpuSpec": "specs",
     "MoESpec": "specs",
     "Placement": "plan",
@@ -55,7 +55,7 @@ _HOMES = {  # what this package re-exports -> the module that defines it
     "Service": "specs",
     "SystemSpec": "specs",
     "evaluate": "evaluation",
-    "replay_cache": "cache",
+    "replay_cache": "replay",
     "transition": "simulate",
 }
 

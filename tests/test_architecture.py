@@ -15,15 +15,15 @@ ROOMS = {
     "specs": "specs",
     "presets": "presets",
     "trace": "trace trace_content trace_file trace_loops trace_metadata trace_predict "
-    "trace_requests trace_spans trace_stats cache importers",
+    "trace_requests trace_spans trace_stats replay replay_kernel importers",
     "quality": "quality",
     "cost": "cost budget",
     "plan": "plan policy bit_ladder forecast fillings planners",
     "simulate": "kernel simulate state outcome batch",
     "reward": "reward",
     "env": "schedule memory lanes encoding env vector wrappers sb3 render",
-    "evaluate": "statistics provenance inputs results rows rollout evaluation figure report "
-    "tracking",
+    "evaluate": "statistics provenance inputs contenders results rows rollout evaluation "
+    "figure report tracking",
     "cli": "commands cli __main__",
 }
 RANK = {module: rank for rank, names in enumerate(ROOMS.values()) for module in names.split()}
