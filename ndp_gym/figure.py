@@ -43,24 +43,30 @@ def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
     for place, row in enumerate(rows):
         value, interval = row["tokens_per_s"], row["tokens_per_s_ci95"]
         if value is None:
-            axes.annotate(" infeasible", (0, place), va="center", fontsize=7)
+            axes.annotate(f" {row['validity']}", (0, place), va="center", fontsize=7)
         elif interval is not None:
             errors = [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
             axes.errorbar(value, place, xerr=errors, color="black", capsize=2, linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["policy"] for row in rows], fontsize=7)
+    axes.set_yticks(range(len(rows)), _labels(rows), fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("tokens per second (light bars: extrapolated)", fontsize=8)
 
 
+def _labels(rows: Sequence[Row]) -> list[str]:
+    """Policies with the numbers that mark their points in the right-hand panel."""
+    return [f"{row['policy']}  {place}" for place, row in enumerate(rows, start=1)]
+
+
 def _draw_front(axes: Axes, rows: Sequence[Row]) -> None:
-    known = [r for r in rows if r["tokens_per_s"] is not None and r["delta_nll_nats"] is not None]
-    front = pareto_front(known)
-    for row in known:
-        loss, speed = row["delta_nll_nats"] or 0.0, row["tokens_per_s"] or 0.0
+    front = pareto_front(rows)
+    for place, row in enumerate(rows, start=1):
+        loss, speed = row["delta_nll_nats"], row["tokens_per_s"]
+        if loss is None or speed is None:
+            continue
         on_front = any(row is other for other in front)
-        axes.scatter(loss, speed, s=22, color="#e45756" if on_front else "#9d9d9d", zorder=3)
+        axes.scatter(loss, speed, s=18, color="#e45756" if on_front else "#9d9d9d", zorder=3)
         axes.annotate(
-            row["policy"], (loss, speed), xytext=(3, 3), textcoords="offset points", fontsize=6
+            str(place), (loss, speed), xytext=(3, 2), textcoords="offset points", fontsize=7
         )
     axes.step(
         [r["delta_nll_nats"] or 0.0 for r in front],
@@ -72,3 +78,4 @@ def _draw_front(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlabel("ΔNLL (nats); red: Pareto front", fontsize=8)
     axes.set_ylabel("tokens per second", fontsize=8)
     axes.set_ylim(bottom=0)
+    axes.margins(x=0.08)

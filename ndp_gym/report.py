@@ -127,7 +127,7 @@ def _table(rows: Sequence[Row], width: int) -> Table:
     best = max((r["reward"] for r in rows if r["reward"] is not None), default=None)
     for row in rows:
         style = "bold" if best is not None and row["reward"] == best else None
-        if row["validity"] == "infeasible":
+        if row["tokens_per_s"] is None:
             style = "dim"
         cells: list[RenderableType] = [Text(row["policy"]), *(Text(c.text(row)) for c in columns)]
         table.add_row(*cells, Text(_mark(row)), style=style)
@@ -135,7 +135,7 @@ def _table(rows: Sequence[Row], width: int) -> Table:
 
 
 def _mark(row: Row) -> str:
-    return {"in_range": "", "extrapolated": "!", "infeasible": "infeasible"}[row["validity"]]
+    return {"in_range": "", "extrapolated": "!"}.get(row["validity"], row["validity"])
 
 
 def _footnotes(rows: Sequence[Row]) -> list[str]:

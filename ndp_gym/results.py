@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
 __all__ = ["QUALITY_BUDGETS", "AtQuality", "Condition", "EvaluationResult", "Row", "pareto_front"]
 
@@ -23,7 +23,8 @@ class Row(TypedDict):
     """One policy under one condition; ``None`` where a value does not exist.
 
     Suffixes are units; ratios lie in [0, 1]; ``*_ci95`` are (low, high). ``validity`` is
-    ``"in_range"``, ``"extrapolated"`` or ``"infeasible"``, with ``validity_reasons``.
+    ``"in_range"``, ``"extrapolated"``, ``"infeasible"`` (over the HBM budget) or ``"n/a"`` (needs a
+    train split that the recording lacks), with ``validity_reasons``.
     """
 
     policy: str
@@ -68,6 +69,7 @@ class Row(TypedDict):
     validity: str
     validity_reasons: list[str]
     notes: list[str]
+    sees_future: bool
     split: str
     scheduling: str
     hbm_budget_bytes: int | None
@@ -81,6 +83,20 @@ class Row(TypedDict):
     env_spec: str
     trace_sha256: str
     versions: str
+
+
+def row_of(policy: str, values: Mapping[str, Any]) -> Row:
+    """A row with all fields in their public order, ``None`` where ``values`` has none.
+
+    Raises:
+        ValueError: ``values`` names a field that rows do not have.
+    """
+    unknown = values.keys() - Row.__annotations__.keys()
+    if unknown:
+        raise ValueError(f"rows have no fields {sorted(unknown)}")
+    row = {name: values.get(name) for name in Row.__annotations__}
+    row["policy"] = policy
+    return cast(Row, row)
 
 
 class AtQuality(TypedDict):
@@ -158,11 +174,13 @@ class EvaluationResult:
 
 
 def at_quality(rows: Sequence[Row], budgets: Sequence[float] = QUALITY_BUDGETS) -> list[AtQuality]:
-    """Throughput within each ΔNLL budget: per policy, per family of variants, and the best of all.
+    """Throughput within each ΔNLL budget: per policy, per family of variants, and the best.
+
+    ``best`` is the best policy that does not see the future.
 
     A policy over the budget gets ``None``: nothing is interpolated between rows, because a mix of
-    two policies is a policy that nobody ran. Variants share a name up to trailing digits or a
-    ``[...]`` or ``@...`` suffix (``all_far3`` and ``all_far4`` make ``all_far*``).
+    two policies is a policy that nobody ran. Variants share a name up to trailing digits or
+    options (``all_far3`` and ``all_far4`` make ``all_far*``).
 
     Args:
         rows: rows of one condition.
@@ -170,10 +188,10 @@ def at_quality(rows: Sequence[Row], budgets: Sequence[float] = QUALITY_BUDGETS) 
     """
     found: list[AtQuality] = []
     for budget in budgets:
-        for label, members in _families(rows).items():
+        for label, members in _families(rows).items() if rows else ():
             within = [r for r in members if _within(r, budget)]
             best = max(within, key=lambda r: r["tokens_per_s"] or 0.0, default=None)
-            trace, model, system, batch_size, window = Condition.of(members[0])
+            trace, model, system, batch_size, window = Condition.of(rows[0])
             found.append(
                 AtQuality(
                     policy=label,
@@ -202,12 +220,14 @@ def pareto_front(rows: Sequence[Row]) -> list[Row]:
 
 
 def all_hbm_winner(rows: Sequence[Row]) -> Row | None:
-    """The all-in-HBM row of a condition if its reward is the highest of all rows, else ``None``.
+    """The all-in-HBM row of a condition if no policy that can be built has a higher reward.
+
+    Policies that see the future are left out. ``None`` where placement wins.
 
     The reward weighs speed against quality, so a row that is fast only because it dropped nearly
     all bits does not win.
     """
-    known = [r for r in rows if r["reward"] is not None]
+    known = [r for r in rows if r["reward"] is not None and not r["sees_future"]]
     best = max(known, key=lambda r: r["reward"] or 0.0, default=None)
     return best if best is not None and best["policy"] in ALL_HBM_POLICIES else None
 
@@ -223,9 +243,9 @@ def _families(rows: Sequence[Row]) -> dict[str, list[Row]]:
     single = {row["policy"]: [row] for row in rows}
     families: dict[str, list[Row]] = {}
     for row in rows:
-        families.setdefault(re.sub(r"([@\[].*|\d+)$", "", row["policy"]), []).append(row)
+        families.setdefault(re.sub(r"(:[^:]*=.*|\d+)$", "", row["policy"]), []).append(row)
     shared = {f"{name}*": members for name, members in families.items() if len(members) > 1}
-    return {**single, **shared, "best": list(rows)} if rows else {}
+    return {**single, **shared, "best": [r for r in rows if not r["sees_future"]]}
 
 
 def _within(row: Row, budget: float) -> bool:

@@ -62,24 +62,27 @@ def tracked_run(
         settings: replaces the quiet defaults.
 
     Raises:
-        ValueError: unknown mode.
+        ValueError: unknown mode, or an online run without an account.
     """
     if mode not in MODES:
         raise ValueError(f"wandb mode must be one of {', '.join(MODES)}, got {mode!r}")
     with _folders_under(Path(output_dir), mode):
         import wandb
 
-        run = wandb.init(
-            mode=mode,
-            dir=os.environ.get("WANDB_DIR"),  # wandb itself reads it once per process
-            project=project,
-            entity=entity,
-            name=name,
-            group=group,
-            job_type=job_type,
-            config=dict(config),
-            settings=settings or wandb.Settings(silent=mode != "online", console="off"),
-        )
+        try:
+            run = wandb.init(
+                mode=mode,
+                dir=os.environ.get("WANDB_DIR"),  # wandb itself reads it once per process
+                project=project,
+                entity=entity,
+                name=name,
+                group=group,
+                job_type=job_type,
+                config=dict(config),
+                settings=settings or wandb.Settings(silent=mode != "online", console="off"),
+            )
+        except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+            raise ValueError(f"wandb {mode} run could not start: {error}") from error
         run.define_metric("*", step_metric="global_step")
         exit_code = 1
         try:

@@ -52,6 +52,7 @@ def sample_row(policy: str, **changes: Any) -> Row:
         validity="in_range",
         validity_reasons=[],
         notes=[],
+        sees_future=False,
         split="test",
         scheduling="continuous",
         hbm_budget_bytes=10**9,

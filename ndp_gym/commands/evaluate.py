@@ -1,0 +1,193 @@
+"""``ndp-gym evaluate``: policies and the baselines under one or more conditions."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ndp_gym.budget import HbmBudget
+    from ndp_gym.evaluation import Progress
+    from ndp_gym.results import EvaluationResult
+
+_FORMATS = {"json": "json", "csv": "csv", "latex": "tex", "png": "png"}
+_UNITS = ("KB", "MB", "GB", "TB", "KIB", "MIB", "GIB", "TIB")
+_EPILOG = (
+    "Every condition also runs all_far4, all_hbm and all_hbm_mixed. All times are modeled. "
+    "Example: ndp-gym evaluate --policies balance,lru,all_far:bits=3 --batch-size 1,8 --out runs/a"
+)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``evaluate``."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="compare policies on recorded routing",
+        description="Compare placement policies on recorded routing.",
+        epilog=_EPILOG,
+    )
+    add = parser.add_argument
+    add("--trace", metavar="T", help="trace files, comma-separated (default: the bundled one)")
+    add("--model", metavar="M", help="model presets (default: the one each trace names)")
+    add("--system", metavar="S", help="system presets (default: an H100 with a CXL-PNM)")
+    add("--policies", metavar="P", default="all",
+        help="names, module:attribute, file.py:Mine; options :key=value (default all)")  # fmt: skip
+    add("--batch-size", metavar="B", default="8", help="slots, e.g. 1,8 (default: 8)")
+    add("--window", metavar="W", type=int, default=16, help="decode steps per plan (default: 16)")
+    add("--split", choices=("train", "val", "test"), default="test", help="default: test")
+    add("--hbm-budget", metavar="X", default="0.10",
+        help="share of 16-bit experts, bytes (8GB) or auto (default: 0.10)")  # fmt: skip
+    add("--scheduling", choices=("continuous", "static"), default="continuous")
+    add("--quality-weight", metavar="Q", default="balanced",
+        help="speed, balanced, quality, or reward per nat (default: balanced)")  # fmt: skip
+    add("--max-windows", metavar="N", type=int, help="stop each run after N windows")
+    add("--seeds", metavar="N", type=int, default=1, help="seeds of random policies (default: 1)")
+    for name in _FORMATS:
+        add(f"--{name}", metavar="F", type=Path, help=f"write {name} to F")
+    add("--out", metavar="DIR", type=Path, help="write everything into DIR")
+    add("--wandb", choices=("offline", "online", "disabled"), help="track the run (default: not)")
+    add("--wandb-project", metavar="P", default="ndp-gym")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print the tables, write what was asked for, say where."""
+    from ndp_gym.evaluation import evaluate
+    from ndp_gym.report import print_tables
+
+    with _progress() as progress:
+        result = evaluate(
+            parse_policies(args.policies),
+            _names(args.trace),
+            _names(args.model),
+            _names(args.system),
+            batch_sizes=_integers("--batch-size", args.batch_size),
+            window=args.window,
+            hbm_budget=parse_budget(args.hbm_budget),
+            split=args.split,
+            scheduling=args.scheduling,
+            quality_weight=_number_or_name(args.quality_weight),
+            max_windows=args.max_windows,
+            seeds=range(_at_least_one("--seeds", args.seeds)),
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            progress=progress,
+        )
+    print_tables(result)
+    for path in _write(result, args):
+        print(f"wrote {path}")
+    return 0
+
+
+def _write(result: EvaluationResult, args: argparse.Namespace) -> Iterator[Path]:
+    """Write every file asked for, then the tracked run, and name each."""
+    from ndp_gym import report
+
+    paths: dict[str, Path] = {}
+    for name, suffix in _FORMATS.items():
+        asked = getattr(args, name)
+        if asked or args.out:
+            paths[name] = asked or args.out / f"evaluation.{suffix}"
+            getattr(report, f"write_{name}")(result, paths[name])
+            yield paths[name]
+    if args.wandb in ("offline", "online"):
+        from ndp_gym.tracking import track_evaluation
+
+        folder = track_evaluation(
+            result,
+            output_dir=args.out or Path("runs"),
+            mode=args.wandb,
+            project=args.wandb_project,
+            image=paths.get("png"),
+        )
+        if folder is not None:
+            yield folder
+
+
+def parse_policies(text: str) -> list[str]:
+    """Names separated by commas, where ``b=2`` after ``p:a=1,`` continues the options of ``p``.
+
+    Raises:
+        ValueError: an empty name.
+    """
+    from ndp_gym.contenders import BASELINES, registered_policies
+
+    names: list[str] = []
+    for item in text.split(","):
+        if not item.strip():
+            raise ValueError(f"--policies must be names separated by commas, got {text!r}")
+        if names and "=" in item and ":" not in item:
+            names[-1] += f",{item.strip()}"
+        elif item.strip() == "all":
+            names += registered_policies() or list(BASELINES)
+        else:
+            names.append(item.strip())
+    return list(dict.fromkeys(names))
+
+
+def parse_budget(text: str) -> HbmBudget:
+    """``auto``, a share such as 0.1, or bytes such as 8000000000, 8GB or 7.5GiB.
+
+    Raises:
+        ValueError: anything else.
+    """
+    from ndp_gym import units
+
+    if text == "auto":
+        return text
+    unit = next((u for u in reversed(_UNITS) if text.upper().endswith(u)), "")
+    number = text[: len(text) - len(unit)].strip()
+    try:
+        if unit:
+            return int(float(number) * getattr(units, unit))
+        return int(number) if number.isdigit() else float(number)
+    except ValueError:
+        raise ValueError(
+            f"--hbm-budget must be a share such as 0.1, bytes such as 8GB, or auto, got {text!r}"
+        ) from None
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [item.strip() for item in text.split(",")]
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [_at_least_one(option, int(item)) for item in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be numbers >= 1 such as 1,8, got {text!r}") from None
+
+
+def _at_least_one(option: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{option} must be >= 1, got {value}")
+    return value
+
+
+def _number_or_name(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+@contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """A bar for the policy that runs, on standard error where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("")
+
+        def show(label: str, done: int, total: int) -> None:
+            bars.update(bar, description=label, completed=done, total=total)
+
+        yield show

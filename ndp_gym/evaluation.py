@@ -1,0 +1,208 @@
+"""`evaluate`: policies against the baselines every comparison needs, on the same requests.
+
+Every condition (recording, model, system, batch size) also runs all experts far at 4 bit and the
+two placements that need no far device, so that a speed-up always says against what.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import ndp_gym
+from ndp_gym.budget import HbmBudget
+from ndp_gym.contenders import Contender, PolicyLike, all_far4, all_hbm_rows, contenders
+from ndp_gym.inputs import Inputs, ModelLike, SystemLike, TraceLike, combinations
+from ndp_gym.policy import InfeasibleError, MissingProfileError
+from ndp_gym.provenance import env_spec_json, git_commit, package_versions, spec_facts
+from ndp_gym.quality import QualityModel
+from ndp_gym.results import AtQuality, EvaluationResult, Row, at_quality
+from ndp_gym.reward import quality_weight as weight_of
+from ndp_gym.rollout import Measurement, Task, run_policy, train_profile
+from ndp_gym.rows import Entry, compare, measured_row, missing_row
+from ndp_gym.schedule import Scheduling
+
+__all__ = ["evaluate"]
+
+Progress = Callable[[str, int, int], None]
+"""Called after every window with what runs, tokens decoded so far, and tokens of the whole run."""
+
+
+def evaluate(
+    policies: PolicyLike | Iterable[PolicyLike],
+    traces: TraceLike | Sequence[TraceLike] = None,
+    models: ModelLike | Sequence[ModelLike] = None,
+    systems: SystemLike | Sequence[SystemLike] = None,
+    *,
+    batch_sizes: Sequence[int] = (8,),
+    window: int = 16,
+    hbm_budget: HbmBudget = 0.10,
+    split: str = "test",
+    scheduling: Scheduling = "continuous",
+    quality_weight: str | float = "balanced",
+    quality: QualityModel | None = None,
+    max_windows: int | None = None,
+    seeds: Sequence[int] = (0,),
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """Rows of every policy, and of the baselines, under every condition.
+
+    All requests of the split run in file order. A policy that draws random numbers runs once per
+    seed and its row pools the runs; others run once.
+
+    Args:
+        policies: names (see `ndp_gym.policy.resolve`), policy objects, classes or functions that
+            make one.
+        traces: paths or recordings; ``None`` is the bundled one.
+        models: preset names or specs; ``None`` takes each recording's own preset. Of several, each
+            recording runs with those it agrees with.
+        systems: preset names or specs; ``None`` is the default system.
+        batch_sizes: slots.
+        window: decode steps per plan.
+        hbm_budget: bytes, a share of all routed-expert bytes at 16 bit, or ``"auto"``.
+        split: ``test``, or ``train`` and ``val`` for tuning and selection.
+        scheduling: ``continuous`` or ``static`` batching.
+        quality_weight: a name of `ndp_gym.reward.QUALITY_WEIGHTS`, or 1/nat.
+        quality: error model; the default one if ``None``.
+        max_windows: stop each run early.
+        seeds: for policies that draw random numbers.
+        command: recorded as provenance; ``None`` records ``sys.argv``.
+        progress: called after every window.
+
+    Raises:
+        ValueError: unknown names, recordings and models that disagree, budgets that do not fit.
+    """
+    if not seeds:
+        raise ValueError("seeds must hold at least one seed, got none")
+    taking_part = contenders(policies)
+    rows: list[Row] = []
+    quality_rows: list[AtQuality] = []
+    provenance = _provenance(command, seeds)
+    for inputs in combinations(traces, models, systems):
+        _describe(inputs, provenance)
+        profile = train_profile(inputs.trace)
+        for batch_size in batch_sizes:
+            task = Task(
+                trace=inputs.trace,
+                model=inputs.model,
+                system=inputs.system,
+                batch_size=batch_size,
+                window=window,
+                hbm_budget=hbm_budget,
+                split=split,
+                scheduling=scheduling,
+                quality=quality or QualityModel(),
+                quality_weight=weight_of(quality_weight),
+                max_windows=max_windows,
+                profile=profile,
+            )
+            found = _condition(taking_part, task, seeds, _facts(inputs.label, task), progress)
+            rows += found
+            quality_rows += at_quality(found)
+    return EvaluationResult(rows=rows, at_quality=quality_rows, provenance=provenance)
+
+
+def _condition(
+    named: Sequence[Contender],
+    task: Task,
+    seeds: Sequence[int],
+    facts: dict[str, Any],
+    progress: Progress | None,
+) -> list[Row]:
+    """All rows of one condition: baselines first, then the contenders in the order given."""
+    entries = [_entry(all_far4(), task, seeds, facts, progress)]
+    measured = entries[0].measurement
+    assert measured is not None
+    others = [*all_hbm_rows(measured.min_budget_bytes, task.profile), *named]
+    entries += [_entry(other, task, seeds, facts, progress) for other in others]
+    compare(entries)
+    return [entry.row for entry in entries]
+
+
+def _entry(
+    contender: Contender,
+    task: Task,
+    seeds: Sequence[int],
+    facts: dict[str, Any],
+    progress: Progress | None,
+) -> Entry:
+    """Run one contender once, or once per seed if it draws random numbers."""
+    name = contender.name
+    label = f"{name}, batch {task.batch_size}"
+    report = None if progress is None else partial(progress, label)
+    pooled: Measurement | None = None
+    used: list[int] = []
+    try:
+        for seed in seeds:
+            measured = run_policy(contender.make(), task, seed=seed, progress=report)
+            used.append(seed)
+            if pooled is None:
+                pooled = measured
+            else:
+                pooled.add(measured)
+            if not measured.used_rng:
+                break
+    except (InfeasibleError, MissingProfileError) as error:
+        validity = "infeasible" if isinstance(error, InfeasibleError) else "n/a"
+        return Entry(row=missing_row(name, validity, str(error), facts), measurement=None)
+    assert pooled is not None
+    row = measured_row(name, pooled, task, facts, used)
+    return Entry(row=row, measurement=pooled)
+
+
+def _facts(label: str, task: Task) -> dict[str, Any]:
+    """The fields that all rows of one condition share."""
+    kwargs = {
+        "trace": None if task.trace.path is None else str(task.trace.path),
+        "model": task.model.name,
+        "system": task.system.name,
+        "batch_size": task.batch_size,
+        "window": task.window,
+        "hbm_budget": task.hbm_budget,
+        "split": task.split,
+        "scheduling": task.scheduling,
+        "max_windows": task.max_windows,
+        "quality_weight": task.quality_weight,
+    }
+    shared = ("model", "system", "batch_size", "window", "split", "scheduling", "quality_weight")
+    return {
+        "trace": label,
+        **{name: kwargs[name] for name in shared},
+        "commit": git_commit(),
+        "env_id": ndp_gym.ENV_ID,
+        "env_spec": env_spec_json(kwargs),
+        "trace_sha256": task.trace.sha256,
+        "versions": "; ".join(f"{name} {v}" for name, v in package_versions().items()),
+    }
+
+
+def _provenance(command: str | None, seeds: Sequence[int]) -> dict[str, Any]:
+    return {
+        "command": " ".join(sys.argv) if command is None else command,
+        "commit": git_commit(),
+        "env_id": ndp_gym.ENV_ID,
+        "versions": dict(package_versions()),
+        "seeds": list(seeds),
+        "traces": {},
+        "models": {},
+        "systems": {},
+    }
+
+
+def _describe(inputs: Inputs, provenance: dict[str, Any]) -> None:
+    """Add recording, model and system of one combination to the provenance."""
+    facts = inputs.trace.metadata
+    provenance["traces"][inputs.label] = {
+        "sha256": inputs.trace.sha256,
+        "model": facts.model,
+        "source": facts.source,
+        "licence": facts.licence,
+        "recorder": facts.recorder,
+        "phases": facts.phases,
+        "id_order": facts.id_order,
+    }
+    provenance["models"][inputs.model.name] = spec_facts(inputs.model)
+    provenance["systems"][inputs.system.name] = spec_facts(inputs.system)

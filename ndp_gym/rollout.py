@@ -1,0 +1,301 @@
+"""One policy over one recording, window by window, and the sums a result row is made of.
+
+The one loop for heuristics, oracles and agents: observation -> policy -> `Lanes.advance`. It knows
+no other policy, so nothing here compares.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndp_gym.budget import HbmBudget
+from ndp_gym.lanes import Lanes
+from ndp_gym.outcome import Outcome
+from ndp_gym.plan import FAR, HBM, Plan, check_plan
+from ndp_gym.policy import Policy, PolicyContext, needs_future
+from ndp_gym.quality import QualityModel
+from ndp_gym.reward import reward_terms
+from ndp_gym.schedule import Scheduling
+from ndp_gym.specs import MoESpec, SystemSpec
+from ndp_gym.trace import RoutingTrace
+from ndp_gym.trace_requests import SPLITS
+
+__all__ = ["Measurement", "Task", "run_policy", "train_profile"]
+
+FloatArray = NDArray[np.float64]
+TokenProgress = Callable[[int, int], None]
+"""Called after every window with tokens decoded so far and tokens of the whole run."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """What every policy of a comparison faces: recording, machine, batching, budget.
+
+    Attributes:
+        trace: the recording; requests of ``split`` run in file order.
+        model: nominal model.
+        system: nominal system, also the one that runs.
+        batch_size: slots.
+        window: decode steps per plan.
+        hbm_budget: bytes, share or ``"auto"``, see `Lanes`.
+        split: ``train``, ``val`` or ``test``.
+        scheduling: ``continuous`` or ``static``.
+        quality: error model.
+        quality_weight: reward lost per nat.
+        max_windows: stop after so many windows, ``None`` at the end of the requests.
+        profile: train profile [L, E], ``None`` where there is no train split.
+    """
+
+    trace: RoutingTrace
+    model: MoESpec
+    system: SystemSpec
+    batch_size: int
+    window: int
+    hbm_budget: HbmBudget
+    split: str
+    scheduling: Scheduling
+    quality: QualityModel
+    quality_weight: float
+    max_windows: int | None
+    profile: FloatArray | None
+
+    def lanes(self) -> Lanes:
+        """A fresh single lane of this task."""
+        return Lanes(
+            self.trace,
+            self.model,
+            self.system,
+            n_lanes=1,
+            batch_size=self.batch_size,
+            window=self.window,
+            hbm_budget=self.hbm_budget,
+            scheduling=self.scheduling,
+            quality=self.quality,
+            quality_weight=self.quality_weight,
+        )
+
+
+@dataclass(kw_only=True, eq=False)
+class Measurement:
+    """Sums over the windows of one run, or of several runs pooled by `add`.
+
+    Attributes:
+        totals: sums of `Outcome` fields and derived seconds, by name.
+        served: [2, NB] routed tokens by tier and stored width.
+        tokens, seconds, loss: [C] per conversation: tokens, seconds and tokens times ΔNLL, each
+            window's share in proportion to tokens.
+        step_s: seconds of every decode step in which a token was decoded.
+        ttft_s: seconds of every request's first load (first window only) and prefills up to its
+            own; time spent waiting for a slot is not in it.
+        decision_s: seconds of every call of the policy.
+        terms: reward terms of every window.
+        min_budget_bytes: smallest HBM budget of any window.
+        gates: how gate weights were obtained.
+        used_rng: whether the policy drew random numbers, so that another seed may differ.
+        sees_future: whether the policy is an oracle.
+        n_runs: runs pooled.
+    """
+
+    totals: dict[str, float]
+    served: NDArray[np.int64]
+    tokens: FloatArray
+    seconds: FloatArray
+    loss: FloatArray
+    step_s: list[FloatArray] = field(default_factory=list)
+    ttft_s: list[float] = field(default_factory=list)
+    decision_s: list[float] = field(default_factory=list)
+    terms: dict[str, list[float]] = field(default_factory=dict)
+    min_budget_bytes: int = 2**62
+    gates: str = ""
+    used_rng: bool = False
+    sees_future: bool = False
+    n_runs: int = 1
+
+    def add(self, other: Measurement) -> None:
+        """Pool another run of the same task into this one."""
+        for name, value in other.totals.items():
+            self.totals[name] += value
+        self.served = self.served + other.served
+        self.tokens, self.seconds = self.tokens + other.tokens, self.seconds + other.seconds
+        self.loss = self.loss + other.loss
+        self.step_s += other.step_s
+        self.ttft_s += other.ttft_s
+        self.decision_s += other.decision_s
+        for name, values in other.terms.items():
+            self.terms[name] += values
+        self.min_budget_bytes = min(self.min_budget_bytes, other.min_budget_bytes)
+        self.n_runs += other.n_runs
+
+
+_SUMMED = (
+    "tokens", "decode_s", "load_s", "load_bytes", "requantise_s", "routed", "hits",
+    "hbm_weight_bytes", "far_weight_bytes", "activation_bytes", "fetch_bytes", "migration_bytes",
+    "wasted_bytes", "n_repaired", "energy_j",
+)  # fmt: skip
+
+
+def run_policy(
+    policy: Policy, task: Task, *, seed: int, progress: TokenProgress | None = None
+) -> Measurement:
+    """Run ``policy`` over the requests of the task's split, in file order, and sum what it cost.
+
+    Raises:
+        ValueError: the policy's plan does not fit model or system, or what the policy itself
+            raises (`InfeasibleError`, `MissingProfileError`).
+    """
+    lanes = task.lanes()
+    order = task.trace.split_requests(task.split)
+    requests = task.trace.requests
+    lanes.reset(0, order)
+    rng = np.random.default_rng(seed)
+    untouched = _draws(rng)
+    policy.reset(_context(policy, task, lanes, order, rng))
+    conversations, of_request = np.unique(requests.conversation[order], return_inverse=True)
+    column = np.full(len(requests), -1)
+    column[order] = of_request
+    result = _empty(len(conversations), len(task.system.stored_bits), lanes.gates)
+    n_tokens = int(requests.n_decode[order].sum())
+    while not lanes.is_done[0] and result.totals["n_windows"] != task.max_windows:
+        _window(policy, task, lanes, result, column)
+        if progress is not None:
+            progress(int(result.totals["tokens"]), n_tokens)
+    result.used_rng, result.sees_future = _draws(rng) != untouched, needs_future(policy)
+    return result
+
+
+def _window(
+    policy: Policy, task: Task, lanes: Lanes, result: Measurement, column: NDArray[np.int64]
+) -> None:
+    """One decision, one window, and what is remembered of it."""
+    observation = {name: array[0] for name, array in lanes.observe().items()}
+    before = time.perf_counter()
+    plan = policy(observation)
+    result.decision_s.append(time.perf_counter() - before)
+    check_plan(plan, task.model, task.system)
+    result.min_budget_bytes = min(result.min_budget_bytes, int(lanes.budgets()[0]))
+    prefills = np.cumsum(lanes.prefill_s[0])
+    outcome = _advance(lanes, plan)
+    result.ttft_s += [float(outcome.load_s + waited) for waited in prefills]
+    result.step_s.append(outcome.step_s[outcome.step_tokens > 0])
+    result.served = result.served + outcome.served_tokens
+    for name, value in reward_terms(outcome).items():
+        result.terms.setdefault(name, []).append(float(value))
+    _add_totals(result.totals, outcome, lanes, task.system)
+    slots, n_rows = (array[0] for array in lanes.last_slots)
+    for name, amount in (
+        ("tokens", float(outcome.tokens)),
+        ("seconds", float(outcome.decode_s)),
+        ("loss", float(outcome.delta_nll * outcome.tokens)),
+    ):
+        np.add.at(getattr(result, name), column[slots], amount * n_rows / n_rows.sum())
+
+
+def _advance(lanes: Lanes, plan: Plan) -> Outcome:
+    order = None if plan.migration_order is None else plan.migration_order[None]
+    services = None if plan.service is None else (plan.service,)
+    placement = plan.placement
+    return lanes.advance(placement.tier[None], placement.bitwidth[None], order, services).lane(0)
+
+
+def _add_totals(
+    totals: dict[str, float], outcome: Outcome, lanes: Lanes, system: SystemSpec
+) -> None:
+    for name in _SUMMED:
+        totals[name] += getattr(outcome, name).item()
+    n_steps = int((outcome.step_tokens > 0).sum())
+    engine_s = n_steps * system.engine_base_s + outcome.tokens * system.engine_token_s
+    idle_s = engine_s + outcome.requantise_s + outcome.stall_s.sum()
+    totals["gpu_busy_s"] += float(outcome.decode_s - idle_s)
+    totals["far_busy_s"] += float(outcome.far_s.sum() + outcome.requantise_s)
+    migration_s = outcome.migration_bytes / system.link.bandwidth_bytes_per_s
+    totals["link_busy_s"] += float(outcome.link_s.sum() + migration_s)
+    totals["n_windows"] += 1
+
+
+def _empty(n_conversations: int, n_widths: int, gates: str) -> Measurement:
+    names = (*_SUMMED, "gpu_busy_s", "far_busy_s", "link_busy_s", "n_windows")
+    return Measurement(
+        totals=dict.fromkeys(names, 0),
+        served=np.zeros((2, n_widths), np.int64),
+        tokens=np.zeros(n_conversations),
+        seconds=np.zeros(n_conversations),
+        loss=np.zeros(n_conversations),
+        gates=gates,
+    )
+
+
+def _context(
+    policy: Policy,
+    task: Task,
+    lanes: Lanes,
+    order: NDArray[np.int64],
+    rng: np.random.Generator,
+) -> PolicyContext:
+    """What the policy is told; the future only where it declares itself an oracle."""
+    widths = task.system.stored_bits
+    context = PolicyContext(
+        model=task.model,
+        system=task.system,
+        batch_size=task.batch_size,
+        window=task.window,
+        hbm_budget_bytes=int(lanes.budgets()[0]),
+        quality=task.quality,
+        quality_weight=task.quality_weight,
+        menu=tuple((tier, bits) for tier in (HBM, FAR) for bits in widths),
+        rng=rng,
+        profile=task.profile,
+    )
+    return replace(context, future=_LaneFuture(lanes, order)) if needs_future(policy) else context
+
+
+class _LaneFuture:
+    """The rest of a single-lane run, for oracles."""
+
+    def __init__(self, lanes: Lanes, order: NDArray[np.int64]) -> None:
+        self._lanes, self._order = lanes, order
+
+    @property
+    def total_load(self) -> FloatArray:
+        """[L, E] tokens per expert over all decode rows of the run's requests."""
+        return decode_counts(self._lanes.trace, self._order)
+
+    def next_counts(self) -> NDArray[np.int64]:
+        """[W, L, E] tokens per expert in each decode step of the coming window."""
+        return self._lanes.next_counts(0).astype(np.int64)
+
+
+def decode_counts(trace: RoutingTrace, requests: NDArray[np.int64]) -> FloatArray:
+    """[L, E] routed tokens per expert over the decode rows of ``requests`` (indices)."""
+    shape = (trace.n_layers, trace.n_experts)
+    offsets = (np.arange(trace.n_layers) * trace.n_experts)[:, None]
+    total = np.zeros(shape[0] * shape[1])
+    for index in requests:
+        n_prompt, n_decode = (
+            int(c[index]) for c in (trace.requests.n_prompt, trace.requests.n_decode)
+        )
+        if n_decode:
+            ids, _ = trace.window(int(trace.requests.start[index]) + n_prompt, n_decode)
+            codes = (ids.astype(np.int64) + offsets).ravel()
+            total += np.bincount(codes, minlength=total.size)
+    return total.reshape(shape)
+
+
+def train_profile(trace: RoutingTrace) -> FloatArray | None:
+    """[L, E] tokens per decode token on the train split, ``None`` where there is no such split."""
+    requests = trace.requests
+    is_train = (requests.split == SPLITS.index("train")) & (requests.n_decode > 0)
+    if not is_train.any():
+        return None
+    train = np.flatnonzero(is_train)
+    return decode_counts(trace, train) / float(requests.n_decode[train].sum())
+
+
+def _draws(rng: np.random.Generator) -> tuple[object, object]:
+    """A fingerprint that changes when ``rng`` draws or spawns."""
+    seed_seq = rng.bit_generator.seed_seq
+    return repr(rng.bit_generator.state), getattr(seed_seq, "n_children_spawned", 0)
