@@ -204,6 +204,8 @@ def window_arrays(
     """The kernel's view of a recording [T, L, K] and of each lane's slots [N, B]."""
     from ndp_gym.kernel import Windows
 
+    if gate_weights is not None and gate_weights.dtype != np.float16:
+        raise ValueError(f"gate_weights must be float16, got {gate_weights.dtype}")
     ids = _read_only(expert_ids)
     top_k = ids.shape[2]
     profile = (

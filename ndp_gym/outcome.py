@@ -188,7 +188,8 @@ def _energy_j(
     hbm_bytes = totals[:, k.HBM_BYTES] + totals[:, k.STEPS] * dense_read_bytes(model)
     hbm_bytes = hbm_bytes + kv_tokens * model.kv_bytes_per_token_layer
     routed_flops = replay.served.sum(axis=2) * expert_flops(model)
-    dense_flops = replay.step_tokens.sum(axis=1) * 2 * model.dense_params
+    routed_params = model.n_layers * model.top_k * model.expert_params
+    dense_flops = replay.step_tokens.sum(axis=1) * 2 * (model.active_params - routed_params)
     link_bytes = totals[:, [k.ACTIVATION, k.FETCH, k.MIGRATION]].sum(axis=1)
     joules = np.empty(decode_s.shape)
     for lane, cost in enumerate(costs):
