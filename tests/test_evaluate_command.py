@@ -1,0 +1,70 @@
+"""`ndp-gym evaluate`: what it takes, writes and says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ndp_gym import cli
+from ndp_gym.commands.evaluate import parse_budget, parse_policies
+from tests.conftest import make_trace
+
+
+def test_policy_options_may_hold_commas() -> None:
+    assert parse_policies("lru,a:x=1,y=2, balance") == ["lru", "a:x=1,y=2", "balance"]
+    assert parse_policies("lru,lru") == ["lru"]
+    assert set(parse_policies("all")) > {"all_far4", "lru", "random"}
+    with pytest.raises(ValueError, match="names separated by commas"):
+        parse_policies("lru,,ema")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("auto", "auto"), ("0.1", 0.1), ("8000", 8000), ("8GB", 8 * 10**9), ("1.5GiB", 3 * 2**29)],
+)
+def test_budget_is_a_share_or_bytes(text: str, expected: object) -> None:
+    assert parse_budget(text) == expected
+    assert type(parse_budget(text)) is type(expected)
+
+
+def test_command_line_writes_everything_and_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "small.safetensors"
+    make_trace(n_layers=8, n_experts=64, top_k=6, n_conversations=16).save(path)
+    out = tmp_path / "out"
+    argv = f"evaluate --trace {path} --model minimoe-16b --policies ema --batch-size 1,2"
+    assert cli.main([*argv.split(), "--max-windows", "3", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    names = ["evaluation.csv", "evaluation.json", "evaluation.png", "evaluation.tex"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    assert all(f"wrote {out / name}" in text for name in names)
+    rows = json.loads((out / "evaluation.json").read_text())["rows"]
+    assert [(r["policy"], r["batch_size"]) for r in rows][3:5] == [("ema", 1), ("all_far4", 2)]
+    assert "small | minimoe-16b on h100_cxl_pnm | batch 1, window 16" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policies", "lrru"], "lru"),
+        (["--batch-size", "1,x"], "--batch-size must be numbers"),
+        (["--seeds", "0"], "--seeds must be >= 1"),
+        (["--hbm-budget", "much"], "--hbm-budget must be a share"),
+        (["--system", "h1000"], "h100"),
+        (["--quality-weight", "great"], "quality_weight"),
+        (["--trace", "absent.safetensors"], "absent.safetensors"),
+    ],
+)
+def test_bad_command_lines_get_one_sentence_and_exit_code_two(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "small.safetensors"
+    make_trace(n_layers=8, n_experts=64, top_k=6).save(path)
+    argv = ["evaluate", "--trace", str(path), "--model", "minimoe-16b", "--policies", "ema"]
+    assert cli.main([*argv, *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
