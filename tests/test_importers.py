@@ -101,6 +101,7 @@ MAKERS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "routertrace": ("a.json", routertrace_bytes),
     "grouped-nf4": ("a.jsonl", nf4_bytes),
     "vllm": ("b.json", vllm_bytes),
+    "vllm-nested": ("c.json", lambda: json.dumps(random_ids(30).tolist()).encode()),
     "vllm-npy": ("a.npy", lambda: npy_bytes(random_ids(30).astype(np.int16))),
 }
 
@@ -118,7 +119,7 @@ def test_every_format_is_recognised_packed_or_not(tmp_path, kind, packed):
     data = make()
     path = written(tmp_path, name + ".gz" * packed, gzip.compress(data) if packed else data)
     result = import_trace([path])
-    assert result.format == kind.removesuffix("-npy")
+    assert result.format == kind.removesuffix("-npy").removesuffix("-nested")
     assert result.trace.save(tmp_path / "out").sha256 == result.trace.sha256
     assert import_trace([path], result.format).trace.sha256 == result.trace.sha256
     assert result.trace.metadata.recorder == f"imported from {result.format}"

@@ -17,7 +17,8 @@ from ndp_gym.trace_file import parse_json
 
 def detects(source: Source) -> bool:
     """Whether the first line is a list of pairs."""
-    return source.lines[0].lstrip().replace(b" ", b"").startswith(b"[[")
+    head = source.lines[0].replace(b" ", b"")
+    return head.startswith(b"[[") and not head.startswith(b"[[[")
 
 
 def read(sources: Sequence[Source], options: ImportOptions) -> Recording:

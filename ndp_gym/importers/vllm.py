@@ -27,8 +27,8 @@ Ids = npt.NDArray[np.int64]
 
 
 def detects(source: Source) -> bool:
-    """Whether the content is a ``.npy`` array or JSON that mentions routed experts."""
-    if source.data.startswith(_MAGIC):
+    """Whether the content is a ``.npy`` or nested array, or JSON that mentions routed experts."""
+    if source.data.startswith(_MAGIC) or _is_nested(source):
         return True
     return source.data.lstrip()[:1] in (b"{", b"[") and any(w in source.data for w in _WORDS)
 
@@ -77,6 +77,10 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
     )
 
 
+def _is_nested(source: Source) -> bool:
+    return b"".join(source.data[:64].split()).startswith(b"[[[")
+
+
 Choice = tuple[Ids, int | None, int]  # ids, prompt rows if known, tokens before the first row
 
 
@@ -84,6 +88,8 @@ def _responses(source: Source) -> list[tuple[str, str | None, list[Choice]]]:
     """(name, model, choices) of every response in the file."""
     if source.data.startswith(_MAGIC):
         return [(str(source.path), None, [(npy(source.data, str(source.path)), None, 0)])]
+    if _is_nested(source):
+        return [(str(source.path), None, [(integers(source.json, 3, str(source.path)), None, 0)])]
     named = _documents(source)
     result = []
     for name, document in named:
