@@ -32,7 +32,7 @@ from ndp_gym.cost.energy import (
     link_energy_j,
     static_energy_j,
 )
-from ndp_gym.cost.prefill import prefill_s
+from ndp_gym.cost.prefill import prefill_s, prefill_table_s
 from ndp_gym.cost.table import CostTable, cost_table
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "link_energy_j",
     "lm_head_s",
     "prefill_s",
+    "prefill_table_s",
     "requantise_s",
     "static_energy_j",
     "stored_bytes",
