@@ -187,6 +187,7 @@ def test_routertrace_takes_spans_from_the_sidecar(tmp_path):
     sidecar = json.dumps({"prompt_spans": spans}).encode()
     written(tmp_path, "capture-metadata.json", sidecar)
     trace = import_trace([path]).trace
+    assert import_trace([tmp_path]).trace.sha256 == trace.sha256
     assert trace.requests.length.tolist() == [12, 8]
     assert trace.requests.domains == ("code", "math")
     with pytest.raises(ValueError, match="no request with decode rows"):

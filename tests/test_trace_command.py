@@ -33,7 +33,7 @@ def test_import_writes_a_trace_and_says_what_it_is(array, tmp_path, capsys):
     assert code == 0
     assert RoutingTrace.open(out).requests.n_prompt.tolist() == [10]
     assert "1 in 1 conversations" in printed.out
-    assert "warning: 1 conversations are fewer than 16" in printed.err
+    assert "warning: fewer than 16 conversations (1)" in printed.err
     for command in ("info", "verify", "stats"):
         assert main(["trace", command, str(out)]) == 0
     assert "overlap at lag 1" in capsys.readouterr().out

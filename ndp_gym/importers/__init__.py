@@ -56,7 +56,11 @@ def _files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in _SUFFIXES)
+        inside = sorted(
+            file
+            for file in path.iterdir()
+            if file.is_file() and file.suffix in _SUFFIXES and file.name not in routertrace.SIDECARS
+        )
         if not inside:
             raise ValueError(f"{path}: holds no file ending in {', '.join(_SUFFIXES)}")
         files += inside

@@ -263,7 +263,7 @@ def _content_warnings(trace: RoutingTrace) -> list[str]:
         )
     if trace.requests.evaluation_only:
         warnings.append(
-            f"{trace.requests.n_conversations} conversations are fewer than 16: evaluation only, "
+            f"fewer than 16 conversations ({trace.requests.n_conversations}): evaluation only, "
             "every request is in split test"
         )
     silent = int((trace.requests.n_decode == 0).sum())

@@ -12,6 +12,7 @@ from ndp_gym.importers.recording import ImportOptions, Recording, Segment, cut_s
 from ndp_gym.importers.source import Source, integers, open_source, whole_number
 
 SIDECAR = "capture-metadata.json"
+SIDECARS = (SIDECAR, "prompt-manifest.json")
 
 
 def detects(source: Source) -> bool:
