@@ -14,7 +14,7 @@ from typing import Any
 import ndp_gym
 from ndp_gym.budget import HbmBudget
 from ndp_gym.contenders import Contender, PolicyLike, all_far4, all_hbm_rows, contenders
-from ndp_gym.inputs import Inputs, ModelLike, SystemLike, TraceLike, combinations
+from ndp_gym.inputs import Inputs, ModelLike, SystemLike, TraceLike, combinations, trace_argument
 from ndp_gym.policy import InfeasibleError, MissingProfileError
 from ndp_gym.provenance import env_spec_json, git_commit, package_versions, spec_facts
 from ndp_gym.quality import QualityModel
@@ -156,7 +156,7 @@ def _entry(
 def _facts(label: str, task: Task) -> dict[str, Any]:
     """The fields that all rows of one condition share."""
     kwargs = {
-        "trace": None if task.trace.path is None else str(task.trace.path),
+        "trace": trace_argument(task.trace),
         "model": task.model.name,
         "system": task.system.name,
         "batch_size": task.batch_size,

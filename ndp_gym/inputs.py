@@ -22,6 +22,7 @@ __all__ = [
     "find_model",
     "find_system",
     "open_trace",
+    "trace_argument",
 ]
 
 DEFAULT_SYSTEM = "h100_cxl_pnm"
@@ -60,6 +61,21 @@ def open_trace(trace: TraceLike = None) -> RoutingTrace:
     if isinstance(trace, RoutingTrace):
         return trace
     return RoutingTrace.open(bundled_trace_path() if trace is None else trace)
+
+
+def trace_argument(trace: RoutingTrace) -> str | None:
+    """What ``gym.make(..., trace=...)`` takes for ``trace``: ``None`` for the bundled recording.
+
+    A recording in memory has no such argument; its name is returned, which opens nothing.
+    """
+    if trace.path is not None and trace.path.name == _BUNDLED:
+        try:
+            bundled = bundled_trace_path()
+        except FileNotFoundError:
+            bundled = None
+        if bundled == trace.path.resolve():
+            return None
+    return trace.name
 
 
 def find_model(model: ModelLike, trace: RoutingTrace) -> MoESpec:

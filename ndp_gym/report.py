@@ -143,7 +143,8 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
     by_text: dict[str, list[str]] = {}
     for row in rows:
         prefix = "" if row["validity"] == "in_range" else f"{row['validity']}: "
-        for text in [*(f"{prefix}{r}" for r in row["validity_reasons"]), *row["notes"]]:
+        notes = [note for note in row["notes"] if note != PLACEMENT_UNNECESSARY]
+        for text in [*(f"{prefix}{r}" for r in row["validity_reasons"]), *notes]:
             by_text.setdefault(text, []).append(row["policy"])
     lines = []
     for text, policies in by_text.items():

@@ -22,9 +22,15 @@ PLACEMENT_UNNECESSARY = "placement unnecessary here"
 class Row(TypedDict):
     """One policy under one condition; ``None`` where a value does not exist.
 
-    Suffixes are units; ratios lie in [0, 1]; ``*_ci95`` are (low, high). ``validity`` is
-    ``"in_range"``, ``"extrapolated"``, ``"infeasible"`` (over the HBM budget) or ``"n/a"`` (needs a
-    train split that the recording lacks), with ``validity_reasons``.
+    Suffixes are units, shares lie in [0, 1], ``*_ci95`` are (low, high). Rates pool all decode
+    steps; prefill and the first load are in ``ttft_s`` only, which starts when a slot is free.
+    Bytes, ``load_s``, ``requantise_s`` and ``n_*`` are totals of one run. ``reward`` and its two
+    terms are means over windows, as an agent collects them; ``reward_quality`` is not yet
+    weighted. ``byte_hit_rate`` is the share of expert-weight bytes read from copies that were in
+    HBM already. ``hbm_budget_bytes`` is the smallest of the run.
+
+    ``validity`` is ``"in_range"``, ``"extrapolated"``, ``"infeasible"`` (over the HBM budget) or
+    ``"n/a"`` (needs a train split that the recording lacks), with ``validity_reasons``.
     """
 
     policy: str

@@ -86,9 +86,11 @@ def test_table_explains_flags_and_infeasible_rows(capsys: pytest.CaptureFixture[
 
 
 def test_table_says_where_placement_is_unnecessary(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [sample_row("all_far4"), sample_row("all_hbm", reward=1.0)]
-    print_tables(EvaluationResult(rows=rows))
-    assert "placement unnecessary here: all_hbm has the highest reward" in capsys.readouterr().out
+    winner = sample_row("all_hbm", reward=1.0, notes=["placement unnecessary here"])
+    print_tables(EvaluationResult(rows=[sample_row("all_far4"), winner]))
+    text = capsys.readouterr().out
+    assert "placement unnecessary here: all_hbm has the highest reward" in text
+    assert text.count("placement unnecessary") == 1
 
 
 def test_json_holds_the_public_fields_and_reads_back(tmp_path: Path) -> None:
@@ -149,3 +151,16 @@ def test_empty_results_can_be_written(tmp_path: Path) -> None:
     for write in (write_json, write_csv, write_latex, write_png):
         write(empty, tmp_path / write.__name__)
     assert at_quality([]) == []
+
+
+def test_policies_that_see_the_future_are_neither_best_nor_beat_the_all_hbm_row() -> None:
+    rows = [
+        sample_row("all_hbm", reward=0.3, tokens_per_s=120.0),
+        sample_row("oracle_hot", reward=0.9, tokens_per_s=200.0, sees_future=True),
+        sample_row("ema", reward=0.2, tokens_per_s=110.0),
+    ]
+    best = [e for e in at_quality(rows) if e["policy"] == "best" and e["delta_nll_budget"] == 0.03]
+    assert best[0]["achieved_by"] == "all_hbm"
+    winner = all_hbm_winner(rows)
+    assert winner is not None
+    assert winner["policy"] == "all_hbm"
