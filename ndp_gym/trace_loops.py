@@ -18,11 +18,11 @@ def looped_rows(expert_ids: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
     n_experts = int(expert_ids.max()) + 1
     hot = np.zeros((n, n_layers, n_experts), dtype=np.float32)
     np.put_along_axis(hot, expert_ids.astype(np.int64), 1.0, axis=2)
-    hot = hot.reshape(n, -1)
+    rows = hot.reshape(n, -1)
     for lag in _LAGS:
         if n - lag < _TRAIL:
             break
-        overlap = np.einsum("ij,ij->i", hot[lag:], hot[:-lag]) / (n_layers * top_k)
+        overlap = np.einsum("ij,ij->i", rows[lag:], rows[:-lag]) / (n_layers * top_k)
         trailing = np.convolve(overlap, np.full(_TRAIL, 1 / _TRAIL), mode="valid")
         looped[np.flatnonzero(trailing > _SAME) + lag + _TRAIL - 1] = True
     return looped
