@@ -7,7 +7,7 @@ two placements that need no far device, so that a speed-up always says against w
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from ndp_gym.reward import quality_weight as weight_of
 from ndp_gym.rollout import Measurement, Task, run_policy, train_profile
 from ndp_gym.rows import Entry, compare, measured_row, missing_row
 from ndp_gym.schedule import Scheduling
+from ndp_gym.specs import SystemSpec
 
 __all__ = ["evaluate"]
 
@@ -45,6 +46,7 @@ def evaluate(
     quality: QualityModel | None = None,
     max_windows: int | None = None,
     seeds: Sequence[int] = (0,),
+    actual_systems: Mapping[str, SystemSpec] | None = None,
     command: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
@@ -69,6 +71,8 @@ def evaluate(
         quality: error model; the default one if ``None``.
         max_windows: stop each run early.
         seeds: for policies that draw random numbers.
+        actual_systems: by nominal name, the system that really runs where it differs from what
+            policies are told (a throttled GPU, a shared link); give it a name of its own.
         command: recorded as provenance; ``None`` records ``sys.argv``.
         progress: called after every window.
 
@@ -77,18 +81,22 @@ def evaluate(
     """
     if not seeds:
         raise ValueError("seeds must hold at least one seed, got none")
+    _check_actual(actual_systems or {})
     taking_part = contenders(policies)
     rows: list[Row] = []
     quality_rows: list[AtQuality] = []
     provenance = _provenance(command, seeds)
     for inputs in combinations(traces, models, systems):
         _describe(inputs, provenance)
+        for actual in (actual_systems or {}).values():
+            provenance["systems"][actual.name] = spec_facts(actual)
         profile = train_profile(inputs.trace)
         for batch_size in batch_sizes:
             task = Task(
                 trace=inputs.trace,
                 model=inputs.model,
                 system=inputs.system,
+                actual=(actual_systems or {}).get(inputs.system.name),
                 batch_size=batch_size,
                 window=window,
                 hbm_budget=hbm_budget,
@@ -103,6 +111,12 @@ def evaluate(
             rows += found
             quality_rows += at_quality(found)
     return EvaluationResult(rows=rows, at_quality=quality_rows, provenance=provenance)
+
+
+def _check_actual(actual_systems: Mapping[str, SystemSpec]) -> None:
+    for name, actual in actual_systems.items():
+        if actual.name == name:
+            raise ValueError(f"the actual system of {name!r} must have a name of its own")
 
 
 def _condition(

@@ -39,7 +39,8 @@ class Task:
     Attributes:
         trace: the recording; requests of ``split`` run in file order.
         model: nominal model.
-        system: nominal system, also the one that runs.
+        system: nominal system, the one policies are told.
+        actual: the system that runs, ``None`` where that is the nominal one.
         batch_size: slots.
         window: decode steps per plan.
         hbm_budget: bytes, share or ``"auto"``, see `Lanes`.
@@ -54,6 +55,7 @@ class Task:
     trace: RoutingTrace
     model: MoESpec
     system: SystemSpec
+    actual: SystemSpec | None = None
     batch_size: int
     window: int
     hbm_budget: HbmBudget
@@ -151,7 +153,7 @@ def run_policy(
     lanes = task.lanes()
     order = task.trace.split_requests(task.split)
     requests = task.trace.requests
-    lanes.reset(0, order)
+    lanes.reset(0, order, task.actual)
     rng = np.random.default_rng(seed)
     untouched = _draws(rng)
     policy.reset(_context(policy, task, lanes, order, rng))
@@ -185,7 +187,7 @@ def _window(
     result.served = result.served + outcome.served_tokens
     for name, value in reward_terms(outcome).items():
         result.terms.setdefault(name, []).append(float(value))
-    _add_totals(result.totals, outcome, lanes, task.system)
+    _add_totals(result.totals, outcome, task.actual or task.system)
     slots, n_rows = (array[0] for array in lanes.last_slots)
     for name, amount in (
         ("tokens", float(outcome.tokens)),
@@ -202,9 +204,7 @@ def _advance(lanes: Lanes, plan: Plan) -> Outcome:
     return lanes.advance(placement.tier[None], placement.bitwidth[None], order, services).lane(0)
 
 
-def _add_totals(
-    totals: dict[str, float], outcome: Outcome, lanes: Lanes, system: SystemSpec
-) -> None:
+def _add_totals(totals: dict[str, float], outcome: Outcome, system: SystemSpec) -> None:
     for name in _SUMMED:
         totals[name] += getattr(outcome, name).item()
     n_steps = int((outcome.step_tokens > 0).sum())

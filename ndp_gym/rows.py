@@ -170,6 +170,8 @@ def _notes(measured: Measurement, task: Task) -> list[str]:
     """What a reader must know about the recording behind a row."""
     facts = task.trace.metadata
     notes = ["sees the future; not an upper bound"] if measured.sees_future else []
+    if task.actual is not None:
+        notes.append(f"runs on {task.actual.name}; policies are told {task.system.name}")
     if measured.gates != "recorded":
         notes.append(f"gate weights not recorded: {measured.gates}")
     if facts.phases != PHASES_RECORDED:

@@ -336,6 +336,22 @@ def test_auto_budget_keeps_the_all_hbm_row_inside_the_smallest_budget() -> None:
     assert (row["migration_bytes"], row["n_repaired"]) == (0, 0)
 
 
+def test_the_machine_that_runs_may_differ_from_the_one_policies_are_told() -> None:
+    """A link at half speed: activations take .5 instead of .3 ms in each of 4 layers."""
+    link = replace(SYSTEM.link, bandwidth_bytes_per_s=0.5e6)
+    slow = replace(SYSTEM, name="slow", link=link)
+    watcher, trace = Watcher(), toy_trace([3], context=98)
+    row = rows_of(
+        [watcher], trace, batch_sizes=(1,), window=2, hbm_budget=0, actual_systems={"toy": slow}
+    )["Watcher"]
+    assert row["tokens_per_s"] == pytest.approx(2 / (14.202e-3 + 4 * 0.2e-3))
+    assert row["link_busy"] == pytest.approx(4 * 0.5e-3 / 15.002e-3)
+    assert watcher.context.system == SYSTEM
+    assert "runs on slow; policies are told toy" in row["notes"]
+    with pytest.raises(ValueError, match="name of its own"):
+        rows_of([], trace, actual_systems={"toy": SYSTEM})
+
+
 def test_rows_carry_all_public_fields_and_their_origin() -> None:
     trace = make_trace()
     result = evaluate([], trace, MODEL, SYSTEM, command="by hand")
