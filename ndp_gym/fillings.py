@@ -18,7 +18,7 @@ from ndp_gym.forecast import Forecast
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-HELD_FIRST = 1e9
+PRESENT_FIRST = 1e9
 
 
 class Prices(NamedTuple):
@@ -41,6 +41,24 @@ class Prices(NamedTuple):
     far_factor: float
 
 
+class Window(NamedTuple):
+    """What the coming window is like.
+
+    Attributes:
+        table: nominal costs.
+        in_place: the far device computes; else every miss is fetched.
+        expected: routing.
+        lost: [L, E, NB] objective lost by serving the expert at that width, wherever it is.
+        present: [L, E] bits of the copies in HBM, 0 = none: free to keep, and charged.
+    """
+
+    table: CostTable
+    in_place: bool
+    expected: Forecast
+    lost: FloatArray
+    present: IntArray
+
+
 class Items(NamedTuple):
     """What every expert costs in HBM, [C, L, E] for C rankings, and far, [L, E]."""
 
@@ -48,7 +66,7 @@ class Items(NamedTuple):
     far_s: FloatArray
     hbm_loss: FloatArray
     far_loss: FloatArray
-    move: FloatArray
+    copy_s: FloatArray
     n_bytes: FloatArray
     hbm_index: IntArray
     far_index: IntArray
@@ -59,67 +77,60 @@ class Items(NamedTuple):
 class Fillings(NamedTuple):
     """Cost of every prefix; [L, C, E + 1], the last axis is the number of experts in HBM.
 
-    The last ranking puts the copies held first, at the width they have. ``far_share`` is what one
-    more second of the far device would add to the layer's time.
+    The last ranking puts the copies present first, at the width they have.
     """
 
     objective: FloatArray
     seconds: FloatArray
+    gpu_s: FloatArray
+    copy_s: FloatArray
     n_bytes: FloatArray
-    far_share: FloatArray
     items: Items
 
 
-def fillings(
-    table: CostTable,
-    in_place: bool,
-    lost: FloatArray,
-    expected: Forecast,
-    wanted: IntArray,
-    present: IntArray,
-    prices: Prices,
-    widths: IntArray,
-) -> Fillings:
-    """Every prefix of every ranking of every layer.
-
-    Args:
-        table: nominal costs.
-        in_place: the far device computes; else every miss is fetched.
-        lost: [L, E, NB] objective lost by serving the expert at that width, wherever it is.
-        expected: routing of the window.
-        wanted: [L, E] bits of copies that are in HBM or on their way, 0 = none.
-        present: [L, E] bits of copies in HBM, which the budget charges.
-        prices: exchange rates.
-        widths: [X, L] width indices to be tried as the one width of a layer's HBM.
-    """
-    items = _items(table, in_place, lost, expected, wanted, present, prices, widths)
+def fillings(window: Window, prices: Prices) -> Fillings:
+    """Every prefix of every ranking of every layer."""
+    table, expected = window.table, window.expected
+    items = _items(window, prices)
     ranked = _ranked_sums(items, expected)
-    gpu = _launch_s(table, items, expected) + np.maximum(
-        ranked["gpu_s"], prices.gpu_factor * table.gpu_token_s * ranked["load"]
-    )
-    far = items.far_s.sum(-1, keepdims=True) - ranked["far_s"]
-    share = np.minimum(ranked["load"] / max(expected.n_tokens * expected.top_k, 1e-12), 1.0)
-    far_var = _variance(items.far_s, expected).sum(-1, keepdims=True) - ranked["far_var"]
+    compute_s = prices.gpu_factor * table.gpu_token_s * ranked["load"]
+    gpu_s = _launch_s(table, items, expected, ranked["active"])
+    gpu_s = gpu_s + np.maximum(ranked["gpu_s"], compute_s)
+    far_s = items.far_s.sum(-1, keepdims=True) - ranked["far_s"]
+    far_var = variance(items.far_s, expected).sum(-1, keepdims=True) - ranked["far_var"]
     spread = np.maximum(ranked["gpu_var"] + far_var, 0.0)
-    if in_place:
-        far = _far_branch_s(table, far, share, expected)
-        difference = np.sqrt((gpu - far) ** 2 + 2 / np.pi * spread)
-        # E max(G, N): exact where the means agree (normal difference) and where they lie far apart.
-        longer = 0.5 * (gpu + far + difference)
-        seconds = table.overlap * longer + (1 - table.overlap) * (gpu + far)
-        far_share = 0.5 + 0.5 * (far - gpu) / np.maximum(difference, 1e-30)
-    else:
-        seconds = gpu + far
-        far_share = np.ones_like(seconds)
+    seconds = layer_seconds(window, gpu_s, far_s, spread, ranked["load"])
     loss = items.far_loss.sum(-1, keepdims=True) - ranked["far_loss"] + ranked["hbm_loss"]
-    objective = prices.second * seconds + loss + ranked["move"]
     return Fillings(
-        objective=_by_layer(objective),
+        objective=_by_layer(prices.second * seconds + loss + prices.copy_second * ranked["copy_s"]),
         seconds=_by_layer(seconds),
+        gpu_s=_by_layer(gpu_s),
+        copy_s=_by_layer(ranked["copy_s"]),
         n_bytes=_by_layer(ranked["n_bytes"]),
-        far_share=_by_layer(far_share),
         items=items,
     )
+
+
+def layer_seconds(
+    window: Window, gpu_s: FloatArray, far_s: FloatArray, spread: FloatArray, hbm_load: FloatArray
+) -> FloatArray:
+    """Expected seconds of a layer's experts: GPU and far branch, overlapped or in series.
+
+    Args:
+        window: tells where misses are served.
+        gpu_s: expected seconds of the HBM experts.
+        far_s: expected seconds of the others, without activations.
+        spread: variance of the difference of the two.
+        hbm_load: tokens per step served from HBM.
+    """
+    if not window.in_place:
+        return gpu_s + far_s
+    table = window.table
+    far_s = _far_branch_s(table, far_s, hbm_load, window.expected)
+    # E max(G, N): exact where the means agree (normal difference) and where they lie far apart.
+    longer = 0.5 * (gpu_s + far_s + np.sqrt((gpu_s - far_s) ** 2 + 2 / np.pi * spread))
+    seconds: FloatArray = table.overlap * longer + (1 - table.overlap) * (gpu_s + far_s)
+    return seconds
 
 
 def far_seconds(table: CostTable, in_place: bool, expected: Forecast) -> FloatArray:
@@ -134,44 +145,37 @@ def far_seconds(table: CostTable, in_place: bool, expected: Forecast) -> FloatAr
     return served
 
 
-def _items(
-    table: CostTable,
-    in_place: bool,
-    lost: FloatArray,
-    expected: Forecast,
-    wanted: IntArray,
-    present: IntArray,
-    prices: Prices,
-    widths: IntArray,
-) -> Items:
+def _items(window: Window, prices: Prices) -> Items:
     """Widths, costs in and out of HBM, and the ranking, for every rule of choosing HBM widths."""
-    overlap = table.overlap if in_place else 0.0
-    far_share = (overlap * prices.far_share + 1 - overlap)[:, None, None]
-    gpu_share = (1 - overlap * prices.far_share)[:, None, None]
-    far_s = prices.far_factor * far_seconds(table, in_place, expected)
-    gpu_s = prices.gpu_factor * expected.active[..., None] * table.gpu_weight_s
+    table, present, lost = window.table, window.present, window.lost
+    overlap = table.overlap if window.in_place else 0.0
+    far_price = prices.second * (overlap * prices.far_share + 1 - overlap)[:, None, None]
+    # Ranked as if the far device were at least as slow: HBM would else fill with cold experts.
+    far_rank = prices.second * (overlap * np.maximum(prices.far_share, 0.5) + 1 - overlap)
+    gpu_price = prices.second * (1 - overlap * np.maximum(prices.far_share, 0.5))[:, None, None]
+    far_s = prices.far_factor * far_seconds(table, window.in_place, window.expected)
+    gpu_s = prices.gpu_factor * window.expected.active[..., None] * table.gpu_weight_s
     n_bytes = np.maximum(table.weight_bytes, _bytes_of(table, present)[..., None]).astype(
         np.float64
     )
-    moves = prices.copy_second * table.copy_s * (wanted[..., None] != table.bits)
+    copy_s = table.copy_s * (present[..., None] != table.bits)
 
-    far_cost = prices.second * far_share * far_s + lost
-    hbm_cost = prices.second * gpu_share * gpu_s + lost + moves
-    far_index = far_cost.argmin(-1)
-    hbm_index = _width_rules(table, wanted, hbm_cost + prices.byte * n_bytes, widths)
-    far_cost_best, far_s_best, far_loss = _pick(far_index[None], far_cost, far_s, lost)
-    hbm_best, gpu_s_best, hbm_loss, move, charged = _pick(
-        hbm_index, hbm_cost, gpu_s, lost, moves, n_bytes
+    far_index = (far_price * far_s + lost).argmin(-1)
+    far_s_best, far_loss = _pick(far_index[None], far_s, lost)
+    hbm_cost = gpu_price * gpu_s + lost + prices.copy_second * copy_s
+    hbm_index = _width_rules(table, present, hbm_cost + prices.byte * n_bytes)
+    hbm_best, gpu_s_best, hbm_loss, copy_s_best, charged = _pick(
+        hbm_index, hbm_cost, gpu_s, lost, copy_s, n_bytes
     )
-    gain = far_cost_best - hbm_best
+    gain = far_rank[:, None] * far_s_best + far_loss - hbm_best
     key = prices.byte * charged - gain
-    key[-1] -= np.where(wanted > 0, HELD_FIRST, 0.0)
+    key[-1] -= np.where(present > 0, PRESENT_FIRST, 0.0)
     return Items(
         gpu_s=gpu_s_best,
         far_s=far_s_best[0],
         hbm_loss=hbm_loss,
         far_loss=far_loss[0],
-        move=move,
+        copy_s=copy_s_best,
         n_bytes=charged,
         hbm_index=hbm_index,
         far_index=far_index,
@@ -180,14 +184,13 @@ def _items(
     )
 
 
-def _width_rules(
-    table: CostTable, wanted: IntArray, hbm_cost: FloatArray, widths: IntArray
-) -> IntArray:
-    """[C, L, E] width index in HBM: one width per layer, the best per expert, held copies first."""
+def _width_rules(table: CostTable, present: IntArray, hbm_cost: FloatArray) -> IntArray:
+    """[C, L, E] width index in HBM: each width alone, the best per expert, present copies first."""
     best = hbm_cost.argmin(-1)
-    held = np.where(wanted > 0, table.index_of[wanted], best)
-    uniform = np.broadcast_to(widths[..., None], (*widths.shape, wanted.shape[-1]))
-    return np.concatenate([uniform, best[None], held[None]])
+    kept = np.where(present > 0, table.index_of[present], best)
+    alone = np.arange(len(table.bits))[:, None, None]
+    uniform = np.broadcast_to(alone, (len(table.bits), *present.shape))
+    return np.concatenate([uniform, best[None], kept[None]])
 
 
 def _ranked_sums(items: Items, expected: Forecast) -> dict[str, FloatArray]:
@@ -196,38 +199,41 @@ def _ranked_sums(items: Items, expected: Forecast) -> dict[str, FloatArray]:
     columns = {
         "gpu_s": items.gpu_s,
         "far_s": items.far_s,
-        "gpu_var": _variance(items.gpu_s, expected),
-        "far_var": _variance(items.far_s, expected),
+        "gpu_var": variance(items.gpu_s, expected),
+        "far_var": variance(items.far_s, expected),
         "hbm_loss": items.hbm_loss,
         "far_loss": items.far_loss,
-        "move": items.move,
+        "copy_s": items.copy_s,
         "n_bytes": items.n_bytes,
         "load": expected.load,
+        "active": expected.active,
     }
-    stacked = np.empty((*shape, len(columns)))
-    for column, values in enumerate(columns.values()):
-        stacked[..., column] = values
-    sums = _prefix_sums(stacked, items.ranking)
-    return {name: sums[..., i] for i, name in enumerate(columns)}
+    stacked = np.empty((len(columns), *shape))
+    for row, values in zip(stacked, columns.values(), strict=True):
+        row[...] = values
+    return dict(zip(columns, _prefix_sums(stacked, items.ranking), strict=True))
 
 
 def _prefix_sums(values: FloatArray, ranking: IntArray) -> FloatArray:
-    """Sums of ``values`` [C, L, E, X] along ``ranking`` -> [C, L, E + 1, X], the first entry 0."""
-    n_rankings, n_layers, n_experts, n_columns = values.shape
-    rows = np.arange(n_rankings * n_layers)[:, None] * n_experts
-    ranked = values.reshape(-1, n_columns)[ranking.reshape(-1, n_experts) + rows]
-    sums = np.zeros((n_rankings, n_layers, n_experts + 1, n_columns))
-    np.cumsum(ranked.reshape(values.shape), axis=2, out=sums[:, :, 1:])
+    """Sums of ``values`` [X, C, L, E] along ``ranking`` -> [X, C, L, E + 1], the first entry 0."""
+    n_rankings, n_layers, n_experts = ranking.shape
+    rows = np.arange(n_rankings * n_layers).reshape(n_rankings, n_layers, 1) * n_experts
+    ranked = np.take(values.reshape(len(values), -1), ranking + rows, axis=1)
+    sums = np.zeros((len(values), n_rankings, n_layers, n_experts + 1))
+    np.cumsum(ranked, axis=-1, out=sums[..., 1:])
     return sums
 
 
-def _launch_s(table: CostTable, items: Items, expected: Forecast) -> FloatArray:
-    """[C, L, E + 1] (or 0) expected launches: one per width of which some expert is active."""
+def _launch_s(table: CostTable, items: Items, expected: Forecast, active: FloatArray) -> FloatArray:
+    """[C, L, E + 1] expected launches: one per width of which some expert is active."""
+    launches = np.zeros(active.shape)
     if not table.gpu_launch_s.any():
-        return np.zeros(1)
-    one_hot = items.hbm_index[..., None] == np.arange(len(table.bits))
-    busy = _prefix_sums(one_hot * expected.active[..., None], items.ranking)
-    launches: FloatArray = (1 - np.exp(-busy)) @ table.gpu_launch_s
+        return launches
+    alone = len(table.bits)  # the first rankings use one width each
+    launches[:alone] = table.gpu_launch_s[:, None, None] * -np.expm1(-active[:alone])
+    one_hot = items.hbm_index[alone:] == np.arange(alone)[:, None, None, None]
+    busy = _prefix_sums(one_hot * expected.active, items.ranking[alone:])
+    launches[alone:] = np.tensordot(table.gpu_launch_s, -np.expm1(-busy), axes=1)
     return launches
 
 
@@ -236,17 +242,18 @@ def _by_layer(values: FloatArray) -> FloatArray:
     return np.ascontiguousarray(np.moveaxis(values, 0, 1))
 
 
-def _variance(seconds: FloatArray, expected: Forecast) -> FloatArray:
+def variance(seconds: FloatArray, expected: Forecast) -> FloatArray:
     """Variance of an expert's time, given its expectation and that it is active or not."""
     chance = np.maximum(expected.active, 1e-12)
     return seconds**2 * (1 - expected.active) / chance
 
 
 def _far_branch_s(
-    table: CostTable, experts_s: FloatArray, gpu_share: FloatArray, expected: Forecast
+    table: CostTable, experts_s: FloatArray, hbm_load: FloatArray, expected: Forecast
 ) -> FloatArray:
     """Far branch with activations and floor; a token crosses unless all K experts are in HBM."""
-    stays = gpu_share**expected.top_k
+    share = np.minimum(hbm_load / (expected.n_tokens * expected.top_k), 1.0)
+    stays = share**expected.top_k
     crossing = expected.n_tokens * (1 - stays)
     any_far = 1 - stays**expected.n_tokens
     sent = any_far * 2 * table.link_latency_s + crossing * table.activation_token_s

@@ -18,19 +18,18 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Blend:
-    """How past loads are mixed.
+    """How the past is weighted.
 
     Attributes:
-        prefill: weight of the prefill's load once there are decode windows; requests that were just
-            admitted have no other history, so their share of the batch counts fully as prefill.
-        last: weight of the last window against the exponential average, within the rest.
+        prefill_tokens: decoded tokens that the prompts of the live requests are worth together.
+        decay: what a window's memory keeps of its weight per later window.
         floor: share of a flat prior (the train profile where there is one), so that an expert that
             was not seen lately is not taken for impossible.
     """
 
-    prefill: float = 0.2
-    last: float = 0.0
-    floor: float = 0.05
+    prefill_tokens: float = 64.0
+    decay: float = 0.85
+    floor: float = 0.12
 
 
 class Forecast(NamedTuple):
@@ -53,26 +52,50 @@ class Forecast(NamedTuple):
     top_k: int
 
 
-def forecast(
-    observation: Observation, top_k: int, blend: Blend, profile: ArrayLike | None = None
-) -> Forecast:
-    """The expected routing, from the observation alone.
+class Forecaster:
+    """Routing expected from one lane's observations, one call per window.
+
+    Prompts count like ``prefill_tokens`` decoded tokens, decoded windows with exponentially falling
+    weight. Where a share of the batch was just admitted, that share of the memory is of requests
+    that have left: it is forgotten.
 
     Args:
-        observation: without lane axis.
+        blend: weights.
         top_k: experts per token.
-        blend: weights of the mixture.
-        profile: [L, E] loads on the train split, or ``None`` for a flat prior.
+        profile: [L, E] loads on the train split, ``None`` for a flat prior.
     """
-    share = _blended_share(observation, blend)
-    prior = np.ones_like(share) if profile is None else np.asarray(profile, dtype=np.float64)
-    share = (1 - blend.floor) * share + blend.floor * shares(prior)
-    n_tokens = max(context_entry(observation, "n_live"), 1.0)
-    gates = np.asarray(observation["gate_share"], dtype=np.float64)
-    # Half of the energy share is the load's: gate energy of single windows is noisy.
-    energy = share if gates.sum() == 0 else 0.5 * shares(gates) + 0.5 * share
-    context = n_tokens * context_entry(observation, "mean_context")
-    return expected(share, n_tokens, context, top_k)._replace(energy=energy)
+
+    def __init__(self, blend: Blend, top_k: int, profile: ArrayLike | None = None) -> None:
+        """Start an episode with an empty memory."""
+        self.blend, self.top_k = blend, top_k
+        self._prior = None if profile is None else shares(np.asarray(profile, dtype=np.float64))
+        self._steps = 0.0
+        self._average: FloatArray | float = 0.0
+
+    def __call__(self, observation: Observation) -> Forecast:
+        """The expected routing of the window to come."""
+        n_live = max(context_entry(observation, "n_live"), 1.0)
+        self._remember(observation)
+        self._steps *= 1 - min(context_entry(observation, "n_admitted") / n_live, 1.0)
+        prefill = np.asarray(observation["prefill_load"], dtype=np.float64)
+        known = self.blend.prefill_tokens / n_live if prefill.any() else 0.0
+        known = known if known + self._steps > 0 else 1.0
+        share = (known * shares(prefill) + self._steps * self._average) / (known + self._steps)
+        prior = 1 / share.shape[1] if self._prior is None else self._prior
+        share = (1 - self.blend.floor) * share + self.blend.floor * prior
+        gates = np.asarray(observation["gate_share"], dtype=np.float64)
+        # Half of the energy share is the load's: gate energy of single windows is noisy.
+        energy = 0.5 * shares(gates) + 0.5 * share if gates.any() else share
+        context = n_live * context_entry(observation, "mean_context")
+        return expected(share, n_live, context, self.top_k)._replace(energy=energy)
+
+    def _remember(self, observation: Observation) -> None:
+        last = np.asarray(observation["last_load"], dtype=np.float64)
+        if not last.any():
+            return
+        window = context_entry(observation, "window")
+        self._steps = self.blend.decay * self._steps + window
+        self._average = self._average + window / self._steps * (shares(last) - self._average)
 
 
 def expected(share: FloatArray, n_tokens: float, context: float, top_k: int) -> Forecast:
@@ -110,20 +133,3 @@ def shares(load: FloatArray) -> FloatArray:
     total = load.sum(axis=-1, keepdims=True)
     flat = np.full_like(load, 1 / load.shape[-1])
     return np.where(total > 0, load / np.maximum(total, 1e-300), flat)
-
-
-def _blended_share(observation: Observation, blend: Blend) -> FloatArray:
-    """[L, E] shares: prefill, last window and average, weighted by what they can know."""
-    prefill, last, average = (
-        np.asarray(observation[f"{name}_load"], dtype=np.float64)
-        for name in ("prefill", "last", "ema")
-    )
-    weight = 1.0
-    if average.sum() > 0:
-        live = max(context_entry(observation, "n_live"), 1.0)
-        fresh = min(context_entry(observation, "n_admitted") / live, 1.0)
-        weight = blend.prefill + (1 - blend.prefill) * fresh
-    if prefill.sum() == 0 and average.sum() > 0:
-        weight = 0.0
-    decode = blend.last * shares(last) + (1 - blend.last) * shares(average)
-    return weight * shares(prefill) + (1 - weight) * decode

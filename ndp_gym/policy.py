@@ -29,6 +29,26 @@ from ndp_gym.specs import MoESpec, SystemSpec
 
 Observation = Mapping[str, NDArray[np.float32]]
 
+CONTEXT_NAMES = (
+    "hbm_budget_bytes",
+    "hbm_budget_share",
+    "batch_size",
+    "window",
+    "gpu_bytes_per_s",
+    "gpu_flops_per_s",
+    "far_bytes_per_s",
+    "far_flops_per_s",
+    "link_bytes_per_s",
+    "link_latency_s",
+    "quality_weight",
+    "n_live",
+    "n_admitted",
+    "mean_context",
+    "tokens_generated",
+    "in_flight_bytes",
+)
+"""Entries of the observation's ``context`` vector; SI units, budget rounded toward zero."""
+
 
 class InfeasibleError(ValueError):
     """The policy has no plan within the budget: a baseline that does not fit."""
@@ -95,9 +115,7 @@ PolicyFactory = Callable[[], Policy]
 
 
 def context_entry(observation: Observation, name: str) -> float:
-    """The entry ``name`` of the observation's context vector; see `ndp_gym.lanes.CONTEXT_NAMES`."""
-    from ndp_gym.lanes import CONTEXT_NAMES
-
+    """The entry ``name`` of the observation's context vector; see `CONTEXT_NAMES`."""
     return float(observation["context"][CONTEXT_NAMES.index(name)])
 
 

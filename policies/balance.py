@@ -5,7 +5,7 @@ from dataclasses import fields
 import numpy as np
 from numpy.typing import NDArray
 
-from ndp_gym.forecast import Blend, Forecast, forecast
+from ndp_gym.forecast import Blend, Forecast, Forecaster
 from ndp_gym.plan import HBM, Plan
 from ndp_gym.planners import Copies, Knobs, balance, facts_of
 from ndp_gym.policy import Observation, PolicyContext, budget_bytes
@@ -15,8 +15,9 @@ class Balance:
     """Formulation H4 of the placement study (``ndp_gym.planners.balance``), replanned every window.
 
     Args:
-        constants: fields of `Knobs` (gpu_factor, far_factor, price, hysteresis, min_gain) and of
-            `Blend` (prefill, last, floor).
+        constants: fields of `Knobs` (gpu_factor, far_factor, price, hysteresis,
+            migration_cap, min_gain) and of
+            `Blend` (prefill_tokens, decay, floor).
     """
 
     def __init__(self, **constants: float) -> None:
@@ -41,8 +42,8 @@ class Balance:
         self.facts = facts_of(
             context.model, context.system, context.quality, context.quality_weight, context.window
         )
+        self.forecaster = Forecaster(self.blend, context.model.top_k, context.profile)
         self.planned = np.zeros((context.model.n_layers, context.model.n_experts), np.int64)
-        self.in_hbm = np.zeros(self.planned.shape, np.bool_)
 
     def __call__(self, observation: Observation) -> Plan:
         """The balanced plan for the blend of past loads."""
@@ -50,18 +51,14 @@ class Balance:
         copies = self._copies(observation)
         plan = balance(self.facts, expected, copies, budget_bytes(observation), self.knobs)
         self.planned = plan.placement.bitwidth.astype(np.int64)
-        self.in_hbm = plan.placement.tier == HBM
         return plan
 
     def expect(self, observation: Observation) -> Forecast:
         """Routing of the coming window: prefill of new requests, averages of old ones."""
-        return forecast(observation, self.context.model.top_k, self.blend, self.context.profile)
+        return self.forecaster(observation)
 
     def _copies(self, observation: Observation) -> Copies:
         present: NDArray[np.int64] = np.where(
             observation["tier"] == HBM, observation["bitwidth"], 0
         ).astype(np.int64)
-        kept = self.in_hbm & ((present > 0) | (observation["in_flight"] > 0))
-        return Copies(
-            planned=self.planned, wanted=np.where(kept, self.planned, present), present=present
-        )
+        return Copies(planned=self.planned, present=present)

@@ -6,7 +6,17 @@ from policies.balance import Balance
 
 
 class OracleBalance(Balance):
-    """The same planner on the next window's true counts; clairvoyant, but *not* a bound."""
+    """The same planner on the next window's true counts; clairvoyant, but *not* a bound.
+
+    It knows one window only, so moves that pay in that window alone cost it more hysteresis.
+
+    Args:
+        constants: as for `Balance`.
+    """
+
+    def __init__(self, **constants: float) -> None:
+        """Set constants by name."""
+        super().__init__(**{"hysteresis": 0.15, **constants})
 
     def reset(self, context: PolicyContext) -> None:
         """Keep hold of the future."""

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ndp_gym import presets
+from ndp_gym import lanes, presets
 from ndp_gym.bit_ladder import bit_ladder
 from ndp_gym.cost import expert_bytes
-from ndp_gym.lanes import CONTEXT_NAMES
+
 from ndp_gym.plan import FAR, HBM, check_plan
 from ndp_gym.policy import (
+    CONTEXT_NAMES,
     InfeasibleError,
     MissingProfileError,
     PolicyContext,
@@ -250,6 +251,7 @@ def test_oracles_are_marked_and_use_the_future():
 
 
 def test_context_entries_are_read_by_name():
+    assert lanes.CONTEXT_NAMES == CONTEXT_NAMES
     assert context_entry(observe(random_load(), n_admitted=3), "n_admitted") == 3
 
 

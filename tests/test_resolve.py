@@ -42,7 +42,7 @@ def test_options_follow_the_name_and_win_over_those_of_the_entry():
     assert resolve("all_far3:bits=2")().bits == 2
     assert resolve("policies.all_far:AllFar:bits=8")().bits == 8
     assert resolve("lru:scope=global,bits=3")().scope == "global"
-    assert resolve("balance:hysteresis=0.5,prefill=0.1")().knobs.hysteresis == 0.5
+    assert resolve("balance:hysteresis=0.5,floor=0.1")().knobs.hysteresis == 0.5
 
 
 def test_module_and_attribute_name_a_policy():
