@@ -10,7 +10,6 @@ import pytest
 from ndp_gym import lanes, presets
 from ndp_gym.bit_ladder import bit_ladder
 from ndp_gym.cost import expert_bytes
-
 from ndp_gym.plan import FAR, HBM, check_plan
 from ndp_gym.policy import (
     CONTEXT_NAMES,
