@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndp_gym.cost import cost_table, requantise_s
-from ndp_gym.outcome import Outcome, Outputs, outcome_of
+from ndp_gym.outcome import EnergyRates, Outcome, Outputs, energy_rates, outcome_of
 from ndp_gym.plan import nearest_width
 from ndp_gym.quality import QualityModel, rel_mse_table
 from ndp_gym.specs import MoESpec, Service, SystemSpec
@@ -38,6 +38,7 @@ class Costs(NamedTuple):
     system: SystemSpec
     prices: Prices
     ref_bits: int  # width of the stateless reference
+    energy: EnergyRates
 
 
 @lru_cache(maxsize=256)
@@ -59,7 +60,7 @@ def costs(model: MoESpec, system: SystemSpec, quality: QualityModel) -> Costs:
         ref_place=np.full(model.n_layers * model.n_experts, -1 - table.index_of[ref_bits], np.int8),
         ref_service=np.array(_service_codes(system.default_service), dtype=np.int64),
     )
-    return Costs(system, prices, ref_bits)
+    return Costs(system, prices, ref_bits, energy_rates(model, system))
 
 
 class Simulator:
@@ -83,7 +84,8 @@ class Simulator:
 
     def reset(self, lane: int, system: SystemSpec) -> None:
         """Empty one lane's HBM and put it on ``system``, the actual one."""
-        self.costs[lane] = costs(self.model, system, self.quality)
+        if system is not self.costs[lane].system:
+            self.costs[lane] = costs(self.model, system, self.quality)
         for array in self.state:
             array[lane] = 0
         self.state.made[lane] = system.stored_bits[0]
@@ -120,24 +122,26 @@ class Simulator:
         outputs = _empty_outputs(self.n_lanes, self.shape, length, n_widths)
         for first, last in _same(self.costs):
             self._run(first, last, windows, plans, outputs)
-        return outcome_of(outputs, self.model, self.costs, self.quality)
+        rates = [cost.energy for cost in self.costs]
+        return outcome_of(outputs, self.model, rates, self.quality)
 
     def _run(self, first: int, last: int, windows: Windows, plans: Plans, outputs: Outputs) -> None:
         """Lanes first..last-1, which share their costs, on as many threads as pay."""
         from ndp_gym.kernel import run_lanes
 
         prices, n_experts = self.costs[first].prices, self.shape[1]
+        results = outputs.planned, outputs.replay, outputs.reference
         chunks = max(1, min(_n_threads(), (last - first) // _LANES_PER_THREAD))
-        edges = np.linspace(first, last, chunks + 1).astype(int).tolist()
 
         def run(lo: int, hi: int) -> None:
             run_lanes(
-                lo, hi, windows, plans, n_experts, prices, self.state, self._no_state, *outputs
+                lo, hi, windows, plans, n_experts, prices, self.state, self._no_state, *results
             )
 
         if chunks == 1:
             run(first, last)
         else:
+            edges = [first + (last - first) * i // chunks for i in range(chunks + 1)]
             list(_threads().map(run, edges[:-1], edges[1:]))
 
     def put_state(self, lane: int, state: State) -> None:
@@ -286,16 +290,17 @@ def _empty_outputs(n_lanes: int, shape: tuple[int, int], length: int, n_widths: 
 
     n = shape[0] * shape[1]
     f8, i64, i32 = np.float64, np.int64, np.int32
+    layers = np.zeros((2, n_lanes, shape[0], 9), f8)
     replays = [
         Replay(
-            layer=np.zeros((n_lanes, shape[0], 9), f8),
+            layer=layer,
             step_s=np.zeros((n_lanes, length), f8),
             step_tokens=np.zeros((n_lanes, length), i64),
             served=np.zeros((n_lanes, 2, n_widths), i64),
             low_tokens=np.zeros((n_lanes, n), i32),
             totals=np.zeros((n_lanes, 9), i64),
         )
-        for _ in range(2)
+        for layer in layers
     ]
     planned = Planned(
         totals=np.zeros((n_lanes, 3), i64),
@@ -303,4 +308,4 @@ def _empty_outputs(n_lanes: int, shape: tuple[int, int], length: int, n_widths: 
         counts=np.zeros((n_lanes, n), i32),
         gate_energy=np.zeros((n_lanes, n), f8),
     )
-    return Outputs(planned, *replays)
+    return Outputs(planned, replays[0], replays[1], layers)

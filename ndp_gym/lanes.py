@@ -16,33 +16,19 @@ from numpy.typing import NDArray
 
 from ndp_gym.batch import Simulator, window_arrays
 from ndp_gym.budget import HbmBudget, budgets_bytes, check_fits, fixed_budget_bytes
-from ndp_gym.cost import prefill_s
-from ndp_gym.memory import Memory, gate_profile, prefill_counts
+from ndp_gym.cost import prefill_table_s
+from ndp_gym.memory import Memory, PromptCounts, gate_profile
 from ndp_gym.outcome import Outcome
+from ndp_gym.policy import CONTEXT_NAMES
 from ndp_gym.quality import QualityModel
-from ndp_gym.schedule import Schedule, Scheduling
+from ndp_gym.schedule import IDLE, Schedule, Scheduling
 from ndp_gym.specs import MoESpec, Service, SystemSpec
 from ndp_gym.trace import RoutingTrace
 
-CONTEXT_NAMES = (
-    "hbm_budget_bytes",
-    "hbm_budget_share",
-    "batch_size",
-    "window",
-    "gpu_bytes_per_s",
-    "gpu_flops_per_s",
-    "far_bytes_per_s",
-    "far_flops_per_s",
-    "link_bytes_per_s",
-    "link_latency_s",
-    "quality_weight",
-    "n_live",
-    "n_admitted",
-    "mean_context",
-    "tokens_generated",
-    "in_flight_bytes",
-)
-"""Entries of the observation's ``context`` vector; SI units, budget rounded toward zero."""
+__all__ = ["CONTEXT_NAMES", "Lanes", "Observations", "check_agreement", "toward_zero"]
+
+_VARIABLE = CONTEXT_NAMES.index("n_live")  # from this entry on they change with the window
+
 if TYPE_CHECKING:
     from ndp_gym.kernel import Windows
 
@@ -108,14 +94,23 @@ class Lanes:
             window=window,
             scheduling=scheduling,
         )
-        self.gate_profile, self.gates = gate_profile(trace, model)
+        profile, self.gates = gate_profile(trace, model)
         self.fixed_budget = fixed_budget_bytes(hbm_budget, model)
         self.actual = [system] * n_lanes
         self.prefill_s: list[list[float]] = [[] for _ in range(n_lanes)]
         self.outcome: Outcome | None = None
         self.last_slots = self.schedule.request.copy(), np.zeros((n_lanes, batch_size), np.int64)
         self._memory = Memory(n_lanes, batch_size, self.shape)
+        self._prompts = PromptCounts(trace, profile)
+        self._prefill_tables: dict[tuple[SystemSpec, int], NDArray[np.float64]] = {}
+        self._services = (system.default_service,) * n_lanes
+        self._recording = window_arrays(
+            trace.expert_ids, trace.gate_weights, profile, *np.zeros((3, 1, 1), np.int64)
+        )
+        self._bytes_of = np.zeros(17, np.int64)
+        self._bytes_of[list(system.stored_bits)] = self.simulator.costs[0].prices.table.weight_bytes
         self._facts = self._nominal_facts()
+        self._settle_budgets()
 
     def reset(self, lane: int, order: NDArray[np.int64], actual: SystemSpec | None = None) -> None:
         """Start an episode on one lane: empty HBM, the requests ``order`` in line.
@@ -126,6 +121,11 @@ class Lanes:
         self.simulator.reset(lane, self.actual[lane])
         self._memory.forget(lane)
         self._admit(lane, self.schedule.reset(lane, order))
+        self._settle_budgets()
+
+    def clear(self, lane: int) -> None:
+        """Take the requests off one lane, which idles until `reset`."""
+        self.schedule.clear(lane)
 
     @property
     def is_done(self) -> NDArray[np.bool_]:
@@ -134,8 +134,7 @@ class Lanes:
 
     def budgets(self) -> NDArray[np.int64]:
         """[N] HBM bytes for experts in the coming window."""
-        contexts = self.schedule.contexts()
-        return budgets_bytes(self.fixed_budget, self.model, self.system, contexts, self.window)
+        return self._budgets
 
     def advance(
         self,
@@ -150,54 +149,46 @@ class Lanes:
         ``None`` is the system's default. Afterwards ended requests have left and waiting ones are
         admitted.
         """
-        first_row, n_rows, context = self.schedule.next_rows()
+        n_rows = self.schedule.n_rows()
         outcome = self.simulator.advance(
             tier=tier,
             bits=bits,
             order=self.default_order() if order is None else order,
-            services=services or (self.system.default_service,) * self.n_lanes,
-            windows=self._windows(first_row, n_rows, context),
+            services=services or self._services,
+            windows=self._windows(n_rows),
             length=self.window,
-            budgets=self.budgets(),
+            budgets=self._budgets,
         )
         self.last_slots = self.schedule.request.copy(), n_rows
         self.outcome = outcome
         self._memory.remember(outcome)
-        self.schedule.advance()
-        for lane in range(self.n_lanes):
-            self.prefill_s[lane] = []
-            self._memory.n_admitted[lane] = 0
-            if (self.schedule.request[lane] < 0).any():
-                self._admit(lane, self.schedule.admit(lane))
+        self._next_slots()
         return outcome
 
     def default_order(self) -> NDArray[np.float64]:
         """[N, L, E] tokens per decode step in the last window, or as prefill has it."""
-        seen = self._memory.has_history[:, None, None]
-        return np.where(
-            seen, self._memory.last_load, self._memory.prefill_load(self.schedule.live())
-        )
+        memory = self._memory
+        if memory.has_history.all():
+            return memory.last_load
+        return np.where(memory.has_history[:, None, None], memory.last_load, memory.prefill_load)
 
     def observe(self) -> Observations:
         """What policies see now, each array with a leading lane axis; fresh arrays every time."""
-        live = self.schedule.live()
-        state, memory = self.simulator.state, self._memory
-        experts = (self.n_lanes, *self.shape)
-        in_flight = (state.target != state.hbm) & (state.target != 0)
-        prefill_load = memory.prefill_load(live)
-        has_copy = state.hbm != 0
+        from ndp_gym.lane_loops import PLANES, observe, observe_requests
+
+        state, memory, schedule = self.simulator.state, self._memory, self.schedule
+        planes = np.empty((len(PLANES), self.n_lanes, *self.shape), np.float32)
+        observe(memory.loads, state.hbm, state.far, state.target, planes)
+        context = self._facts.copy()
+        observe_requests(
+            schedule.left, schedule.context, memory.n_admitted, schedule.generated, state.hbm,
+            state.target, state.scalars, self._bytes_of, context[:, _VARIABLE:],
+        )  # fmt: skip
         return {
-            "prefill_load": prefill_load,
-            "last_load": memory.last_load.astype(np.float32),
-            "ema_load": memory.ema_load.astype(np.float32),
-            "gate_share": memory.gate_share(live),
-            "tier": (~has_copy).astype(np.float32).reshape(experts),
-            "bitwidth": np.where(has_copy, state.hbm, state.far)
-            .astype(np.float32)
-            .reshape(experts),
-            "in_flight": in_flight.astype(np.float32).reshape(experts),
+            "prefill_load": memory.prefill_load.copy(),
+            **dict(zip(PLANES, planes, strict=True)),
             "layer": memory.layer.copy(),
-            "context": self._context(live, in_flight),
+            "context": context,
         }
 
     def next_counts(self, lane: int) -> NDArray[np.int32]:
@@ -205,38 +196,46 @@ class Lanes:
         from ndp_gym.kernel import count_window, empty_counts
 
         counts = empty_counts(self.window, *self.shape, self.batch_size, self.trace.top_k)
-        count_window(self._windows(*self.schedule.next_rows()), lane, self.shape[1], counts)
+        count_window(self._windows(self.schedule.n_rows()), lane, self.shape[1], counts)
         return np.asarray(counts.tokens).reshape(self.window, *self.shape)
 
-    def _windows(
-        self, first_row: NDArray[np.int64], n_rows: NDArray[np.int64], context: NDArray[np.int64]
-    ) -> Windows:
-        return window_arrays(
-            self.trace.expert_ids,
-            self.trace.gate_weights,
-            self.gate_profile,
-            first_row,
-            n_rows,
-            context,
+    def _windows(self, n_rows: NDArray[np.int64]) -> Windows:
+        """Where the rows of the coming window stand in the recording."""
+        schedule = self.schedule
+        return self._recording._replace(
+            first_row=schedule.row, n_rows=n_rows, context=schedule.context
         )
+
+    def _next_slots(self) -> None:
+        """Retire requests, admit others, and learn from the prompts of those."""
+        ended = self.schedule.advance()
+        self.prefill_s = [[] for _ in range(self.n_lanes)]
+        if ended.any():
+            for lane in np.flatnonzero(ended.any(axis=1)).tolist():
+                self._admit(lane, self.schedule.admit(lane))
+        if self.fixed_budget is None:
+            self._settle_budgets()
 
     def _admit(self, lane: int, slots: list[int]) -> None:
         """Prefill the requests just admitted to ``slots``: what policies learn, and its seconds."""
-        requests = self.trace.requests
-        resident = (self.simulator.state.hbm[lane].reshape(self.shape) != 0).sum(axis=1)
-        self._memory.n_admitted[lane] = len(slots)
+        memory, system = self._memory, self.actual[lane]
+        requests = self.schedule.request[lane]
+        if slots:
+            hbm = self.simulator.state.hbm[lane].reshape(self.shape)
+            resident = np.count_nonzero(hbm, axis=1)
         for slot in slots:
-            index = self.schedule.request[lane, slot]
-            start, n_prompt = int(requests.start[index]), int(requests.n_prompt[index])
-            self.trace.check_rows(
-                requests.start[index : index + 1], requests.length[index : index + 1]
-            )
-            load, energy = prefill_counts(self.trace, start, n_prompt, self.gate_profile)
-            self._memory.slot_load[lane, slot] = load
-            self._memory.slot_energy[lane, slot] = energy
-            self.prefill_s[lane].append(
-                prefill_s(self.model, self.actual[lane], n_prompt, resident)
-            )
+            index = int(requests[slot])
+            memory.admit(lane, slot, *self._prompts(index))
+            table_s = self._prefill_table_s(system, int(self.trace.requests.n_prompt[index]))
+            self.prefill_s[lane].append(float(table_s[resident].sum()))
+        memory.settle(lane, requests != IDLE)
+
+    def _prefill_table_s(self, system: SystemSpec, n_prompt: int) -> NDArray[np.float64]:
+        """Seconds per layer by number of resident experts; kept per system and prompt length."""
+        key = system, n_prompt
+        if key not in self._prefill_tables:
+            self._prefill_tables[key] = prefill_table_s(self.model, system, n_prompt)
+        return self._prefill_tables[key]
 
     def _nominal_facts(self) -> NDArray[np.float32]:
         gpu, far, link = self.system.gpu, self.system.far, self.system.link
@@ -254,29 +253,13 @@ class Lanes:
         }
         return np.tile(np.array(list(facts.values()), np.float32), (self.n_lanes, 1))
 
-    def _context(
-        self, live: NDArray[np.bool_], in_flight: NDArray[np.bool_]
-    ) -> NDArray[np.float32]:
-        context = self._facts.copy()
-        budgets = self.budgets()
-        n_live = live.sum(axis=1)
-        waiting = np.where(in_flight, self.simulator.state.target, 0)
-        table = self.simulator.costs[0].prices.table
-        bytes_of = np.zeros(17)
-        bytes_of[table.bits] = table.weight_bytes
-        in_flight_bytes = bytes_of[waiting].sum(axis=1) - self.simulator.state.scalars[:, 1]
-        columns = {
-            "hbm_budget_bytes": toward_zero(budgets),
-            "hbm_budget_share": budgets / self.model.routed_bytes16,
-            "n_live": n_live,
-            "n_admitted": self._memory.n_admitted,
-            "mean_context": self.schedule.contexts().sum(axis=1) / np.maximum(n_live, 1),
-            "tokens_generated": self.schedule.generated,
-            "in_flight_bytes": in_flight_bytes,
-        }
-        for name, column in columns.items():
-            context[:, CONTEXT_NAMES.index(name)] = column
-        return context
+    def _settle_budgets(self) -> None:
+        """Budgets for the contexts of now, and what the observation says of them."""
+        contexts = self.schedule.context
+        budgets = budgets_bytes(self.fixed_budget, self.model, self.system, contexts, self.window)
+        self._budgets = budgets
+        self._facts[:, 0] = toward_zero(budgets)
+        self._facts[:, 1] = budgets / self.model.routed_bytes16
 
 
 def check_agreement(trace: RoutingTrace, model: MoESpec) -> None:
@@ -293,6 +276,7 @@ def check_agreement(trace: RoutingTrace, model: MoESpec) -> None:
 def toward_zero(values: NDArray[np.int64]) -> NDArray[np.float32]:
     """float32 of non-negative integers, never larger than they are."""
     rounded = values.astype(np.float32)
-    return np.where(
-        rounded.astype(np.float64) > values, np.nextafter(rounded, np.float32(0)), rounded
-    )
+    too_large = rounded.astype(np.float64) > values
+    if not too_large.any():
+        return rounded
+    return np.where(too_large, np.nextafter(rounded, np.float32(0)), rounded)

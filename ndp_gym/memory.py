@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,16 +15,17 @@ LAYER_NAMES = ("gpu_s", "far_s", "link_s", "stall_s", "hit_share")
 """Columns of ``layer``: seconds per decode step of the last window, and its share of hits."""
 EMA_WEIGHT = 0.3
 """Weight of the last window in the exponential averages."""
+_CACHED_BYTES = 256 * 2**20
 
 
 class Memory:
     """Past loads, energies and times of N lanes with B slots; ``shape`` is (L, E).
 
     Attributes:
-        slot_load: [N, B, L, E] tokens per prompt token of each live request.
-        slot_energy: [N, B, L, E] squared-gate energy per prompt token.
-        last_load, ema_load: [N, L, E] tokens per decode step in the last window, and averaged
-            over windows.
+        prefill_load: [N, L, E] tokens per decode step that the prompts of the live requests
+            promise.
+        loads: [3, N, L, E] tokens per decode step in the last window, the same averaged over
+            windows, and averaged gate energy.
         layer: [N, L, 5], see `LAYER_NAMES`.
         has_history: [N] whether a window has been seen.
         n_admitted: [N] requests admitted since the last window.
@@ -30,44 +33,94 @@ class Memory:
 
     def __init__(self, n_lanes: int, batch_size: int, shape: tuple[int, int]) -> None:
         """Nothing remembered."""
-        self.slot_load = np.zeros((n_lanes, batch_size, *shape), np.float32)
-        self.slot_energy = np.zeros((n_lanes, batch_size, *shape), np.float32)
-        self.last_load = np.zeros((n_lanes, *shape), np.float64)
-        self.ema_load = np.zeros((n_lanes, *shape), np.float64)
-        self._ema_energy = np.zeros((n_lanes, *shape), np.float64)
+        self._slot_load = np.zeros((n_lanes, batch_size, *shape), np.float32)
+        self.prefill_load = np.zeros((n_lanes, *shape), np.float32)
+        self.loads = np.zeros((3, n_lanes, *shape), np.float64)
         self.layer = np.zeros((n_lanes, shape[0], len(LAYER_NAMES)), np.float32)
         self.has_history = np.zeros(n_lanes, np.bool_)
         self.n_admitted = np.zeros(n_lanes, np.int64)
+        self._weight = np.ones(n_lanes)
 
     def forget(self, lane: int) -> None:
         """Start one lane's episode afresh."""
-        for array in vars(self).values():
-            array[lane] = 0
+        self._slot_load[lane] = 0
+        self.loads[:, lane] = 0
+        self.layer[lane] = 0
+        self.has_history[lane] = False
+        self.n_admitted[lane] = 0
+        self._weight[lane] = 1.0
+
+    @property
+    def last_load(self) -> NDArray[np.float64]:
+        """[N, L, E] tokens per decode step in the last window."""
+        last: NDArray[np.float64] = self.loads[0]
+        return last
 
     def remember(self, outcome: Outcome) -> None:
         """Fold the last window into the averages; the first one replaces them."""
-        steps = np.maximum((outcome.step_tokens > 0).sum(axis=1), 1)
-        self.last_load = outcome.counts / steps[:, None, None]
-        weight = np.where(self.has_history, EMA_WEIGHT, 1.0)[:, None, None]
-        self.ema_load += weight * (self.last_load - self.ema_load)
-        self._ema_energy += weight * (outcome.gate_energy / steps[:, None, None] - self._ema_energy)
-        for column, name in enumerate(LAYER_NAMES[:-1]):
-            self.layer[:, :, column] = getattr(outcome, name) / steps[:, None]
-        self.layer[:, :, -1] = outcome.layer_hits / np.maximum(outcome.layer_routed, 1)
-        self.has_history[:] = True
+        from ndp_gym.lane_loops import remember
 
-    def prefill_load(self, live: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """[N, L, E] tokens per decode step expected from the prompts of the live requests."""
-        total = np.einsum("nb,nble->nle", live, self.slot_load)
-        return np.asarray(total, np.float32)
+        o = outcome
+        seconds = o.gpu_s, o.far_s, o.link_s, o.stall_s
+        remember(
+            self._weight, o.step_tokens, o.counts, o.gate_energy, seconds, o.layer_hits,
+            o.layer_routed, self.loads, self.layer,
+        )  # fmt: skip
+        self._weight.fill(EMA_WEIGHT)
+        self.has_history.fill(True)
+        self.n_admitted.fill(0)
 
-    def gate_share(self, live: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """[N, L, E] share of each layer's gate energy: averaged windows, or prompts at first."""
-        prefill = np.einsum("nb,nble->nle", live, self.slot_energy)
-        energy = np.where(self.has_history[:, None, None], self._ema_energy, prefill)
-        total = energy.sum(axis=2, keepdims=True)
-        share = np.divide(energy, total, out=np.zeros_like(energy), where=total > 0)
-        return share.astype(np.float32)
+    def admit(
+        self, lane: int, slot: int, load: NDArray[np.float32], energy: NDArray[np.float64]
+    ) -> None:
+        """Note what a request's prompt [L, E] said, per prompt token; `settle` adds it up.
+
+        Prompts stand in for the gate energy of decode windows until there is one.
+        """
+        self._slot_load[lane, slot] = load
+        self.n_admitted[lane] += 1
+        if not self.has_history[lane]:
+            self.loads[2, lane] += energy
+
+    def settle(self, lane: int, live: NDArray[np.bool_]) -> None:
+        """Add up the prompts of one lane's live slots [B] after they have changed."""
+        self._slot_load[lane, ~live] = 0
+        self._slot_load[lane].sum(axis=0, out=self.prefill_load[lane])
+
+
+class PromptCounts:
+    """Tokens and squared-gate energy per prompt token of requests, [L, E] each.
+
+    Results are kept, the least recently used dropped beyond 256 MiB.
+    """
+
+    def __init__(self, trace: RoutingTrace, profile: NDArray[np.float64]) -> None:
+        """Nothing counted; ``profile`` [K] stands for gate weights that were not recorded."""
+        self._trace, self._profile = trace, profile
+        self._known: OrderedDict[int, tuple[NDArray[np.float32], NDArray[np.float64]]]
+        self._known = OrderedDict()
+        entry_bytes = 12 * trace.n_layers * trace.n_experts
+        self._capacity = max(1, _CACHED_BYTES // entry_bytes)
+
+    def __call__(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Load and energy of the request ``index``, whose rows are checked the first time.
+
+        Raises:
+            ValueError: the recording is damaged there.
+        """
+        if index in self._known:
+            self._known.move_to_end(index)
+            return self._known[index]
+        requests = self._trace.requests
+        self._trace.check_rows(
+            requests.start[index : index + 1], requests.length[index : index + 1]
+        )
+        start, n_prompt = int(requests.start[index]), int(requests.n_prompt[index])
+        load, energy = prefill_counts(self._trace, start, n_prompt, self._profile)
+        if len(self._known) >= self._capacity:
+            self._known.popitem(last=False)
+        self._known[index] = load.astype(np.float32), energy
+        return self._known[index]
 
 
 def prefill_counts(

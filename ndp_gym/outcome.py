@@ -18,10 +18,9 @@ from ndp_gym.cost import (
 )
 from ndp_gym.cost.decode import expert_flops
 from ndp_gym.quality import QualityModel, delta_nll
-from ndp_gym.specs import MoESpec
+from ndp_gym.specs import MoESpec, SystemSpec
 
 if TYPE_CHECKING:
-    from ndp_gym.batch import Costs
     from ndp_gym.kernel import Planned, Replay
 
 FloatArray = NDArray[np.float64]
@@ -108,28 +107,66 @@ class Outputs(NamedTuple):
     planned: Planned
     replay: Replay
     reference: Replay
+    layers: FloatArray  # [2, N, L, 9] the memory behind ``replay.layer`` and ``reference.layer``
+
+
+class EnergyRates(NamedTuple):
+    """Joules per unit of what the kernel counts, on one system."""
+
+    totals: FloatArray  # [9] per column of `Replay.totals`
+    served: FloatArray  # [2] per token served on the GPU and on the far device
+    token: float
+    second: float
+
+
+def energy_rates(model: MoESpec, system: SystemSpec) -> EnergyRates:
+    """What `ndp_gym.cost.energy` charges for one byte, token and second."""
+    from ndp_gym import kernel as k
+
+    gpu, far = system.gpu, system.far
+    hbm_byte = float(gpu_energy_j(gpu, 1.0))
+    kv_byte = hbm_byte * model.kv_bytes_per_token_layer
+    totals = np.zeros(9)
+    totals[[k.ACTIVATION, k.FETCH, k.MIGRATION]] = link_energy_j(system.link, 1.0)
+    totals[k.HBM_BYTES] = hbm_byte
+    totals[k.FAR_BYTES] = far_energy_j(far, 1.0)
+    totals[k.STEPS] = hbm_byte * dense_read_bytes(model)
+    totals[k.SLIDING] = kv_byte * sum(model.sliding_layers)
+    totals[k.CONTEXT] = kv_byte * (model.n_all_layers - sum(model.sliding_layers))
+    flops = expert_flops(model)
+    outside_params = model.active_params - model.n_layers * model.top_k * model.expert_params
+    return EnergyRates(
+        totals=totals,
+        served=np.array([gpu_energy_j(gpu, 0.0, flops), far_energy_j(far, 0.0, flops)]),
+        token=float(gpu_energy_j(gpu, 0.0, 2 * outside_params)),
+        second=float(static_energy_j(system, 1.0)),
+    )
 
 
 def outcome_of(
-    outputs: Outputs, model: MoESpec, costs: Sequence[Costs], quality: QualityModel
+    outputs: Outputs, model: MoESpec, rates: Sequence[EnergyRates], quality: QualityModel
 ) -> Outcome:
-    """Name the kernel's columns and add quality and energy."""
+    """Name the kernel's columns and add quality and energy; ``rates`` has one entry per lane."""
     from ndp_gym import kernel as k
 
-    planned, replay, reference = outputs
+    planned, replay, reference, layers = outputs
     experts = (replay.totals.shape[0], model.n_layers, model.n_experts)
     layer, totals = replay.layer, replay.totals
     load_s, requantise_s = planned.seconds.T
     decode_s = replay.step_s.sum(axis=1) + np.where(load_s > 0, 0.0, requantise_s)
+    tokens = replay.step_tokens.sum(axis=1)
+    layer_counts = layer[:, :, k.HITS : k.ROUTED + 1].astype(np.int64)
+    counts = layer_counts.sum(axis=1)
+    nll, ref_nll = _delta_nll(outputs, layers, model, quality)
     return Outcome(
         decode_s=decode_s,
         load_s=load_s,
         requantise_s=requantise_s,
         step_s=replay.step_s,
         step_tokens=replay.step_tokens,
-        tokens=replay.step_tokens.sum(axis=1),
-        routed=layer[:, :, k.ROUTED].sum(axis=1).astype(np.int64),
-        hits=layer[:, :, k.HITS].sum(axis=1).astype(np.int64),
+        tokens=tokens,
+        routed=counts[:, 1],
+        hits=counts[:, 0],
         hbm_weight_bytes=totals[:, k.HBM_BYTES],
         far_weight_bytes=totals[:, k.FAR_BYTES],
         activation_bytes=totals[:, k.ACTIVATION],
@@ -143,61 +180,60 @@ def outcome_of(
         far_s=layer[:, :, k.FAR_S],
         link_s=layer[:, :, k.LINK_S],
         stall_s=layer[:, :, k.STALL_S],
-        layer_hits=layer[:, :, k.HITS].astype(np.int64),
-        layer_routed=layer[:, :, k.ROUTED].astype(np.int64),
+        layer_hits=layer_counts[:, :, 0],
+        layer_routed=layer_counts[:, :, 1],
         layer_error=layer[:, :, k.ERROR],
         layer_energy=layer[:, :, k.ENERGY],
         counts=planned.counts.reshape(experts),
         gate_energy=planned.gate_energy.reshape(experts),
         served_tokens=replay.served,
-        delta_nll=_delta_nll(replay, planned.counts, model, quality),
-        energy_j=_energy_j(replay, model, costs, decode_s),
+        delta_nll=nll,
+        energy_j=_energy_j(replay, rates, tokens, decode_s),
         ref_decode_s=reference.step_s.sum(axis=1),
-        ref_delta_nll=_delta_nll(reference, planned.counts, model, quality),
+        ref_delta_nll=ref_nll,
         ref_layer_s=reference.layer[:, :, k.LAYER_S],
         ref_layer_error=reference.layer[:, :, k.ERROR],
     )
 
 
 def _delta_nll(
-    replay: Replay, counts: NDArray[np.int32], model: MoESpec, quality: QualityModel
+    outputs: Outputs, layers: FloatArray, model: MoESpec, quality: QualityModel
 ) -> FloatArray:
-    """[N] nats, with the share of the super experts' tokens that were served at <= 2 bits."""
+    """[2, N] nats of plan and reference.
+
+    The guard counts the share of the super experts' tokens that were served at <= 2 bits.
+    """
     from ndp_gym import kernel as k
 
     low_share: FloatArray | float = 0.0
     if model.super_experts:
         codes = [layer * model.n_experts + expert for layer, expert in model.super_experts]
-        tokens = counts[:, codes]
-        low = replay.low_tokens[:, codes]
-        low_share = (low / np.maximum(tokens, 1)).mean(axis=1)
-    layer = replay.layer
-    return delta_nll(model, layer[:, :, k.ERROR], layer[:, :, k.ENERGY], low_share, quality)
+        low = [r.low_tokens[:, codes] for r in (outputs.replay, outputs.reference)]
+        if low[0].any() or low[1].any():
+            tokens = np.maximum(outputs.planned.counts[:, codes], 1)
+            low_share = np.stack([(tokens_low / tokens).mean(axis=1) for tokens_low in low])
+    return delta_nll(model, layers[..., k.ERROR], layers[..., k.ENERGY], low_share, quality)
 
 
 def _energy_j(
-    replay: Replay, model: MoESpec, costs: Sequence[Costs], decode_s: FloatArray
+    replay: Replay, rates: Sequence[EnergyRates], tokens: IntArray, decode_s: FloatArray
 ) -> FloatArray:
     """[N] joules of each lane's window, from its bytes, FLOPs and seconds."""
-    from ndp_gym import kernel as k
+    served = replay.served.sum(axis=2)
+    if all(rate is rates[0] for rate in rates):
+        return _joules(rates[0], replay.totals, served, tokens, decode_s)
+    lanes = zip(rates, replay.totals, served, tokens, decode_s, strict=True)
+    return np.array([_joules(*lane) for lane in lanes])
 
-    totals, table = replay.totals, costs[0].prices.table
-    n_sliding = int(table.layer_slides.sum()) + table.n_dense_sliding
-    kv_tokens = totals[:, k.CONTEXT] * (model.n_all_layers - n_sliding)
-    kv_tokens = kv_tokens + totals[:, k.SLIDING] * n_sliding
-    hbm_bytes = totals[:, k.HBM_BYTES] + totals[:, k.STEPS] * dense_read_bytes(model)
-    hbm_bytes = hbm_bytes + kv_tokens * model.kv_bytes_per_token_layer
-    routed_flops = replay.served.sum(axis=2) * expert_flops(model)
-    routed_params = model.n_layers * model.top_k * model.expert_params
-    dense_flops = replay.step_tokens.sum(axis=1) * 2 * (model.active_params - routed_params)
-    link_bytes = totals[:, [k.ACTIVATION, k.FETCH, k.MIGRATION]].sum(axis=1)
-    joules = np.empty(decode_s.shape)
-    for lane, cost in enumerate(costs):
-        system = cost.system
-        joules[lane] = (
-            gpu_energy_j(system.gpu, hbm_bytes[lane], routed_flops[lane, 0] + dense_flops[lane])
-            + far_energy_j(system.far, totals[lane, k.FAR_BYTES], routed_flops[lane, 1])
-            + link_energy_j(system.link, link_bytes[lane])
-            + static_energy_j(system, decode_s[lane])
-        )
-    return joules
+
+def _joules(
+    rate: EnergyRates,
+    totals: IntArray,
+    served: IntArray,
+    tokens: IntArray,
+    decode_s: FloatArray,
+) -> FloatArray:
+    """The scalar products of `EnergyRates` with what was counted; any leading axes."""
+    # sums, not matrix products: those round differently with the number of lanes
+    dynamic: FloatArray = (totals * rate.totals).sum(axis=-1) + (served * rate.served).sum(axis=-1)
+    return dynamic + tokens * rate.token + decode_s * rate.second

@@ -7,6 +7,7 @@ range that was fitted and has to be flagged by who reports it.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -84,8 +85,9 @@ def rel_mse_table(
     return np.broadcast_to(errors, shape).copy()
 
 
+@lru_cache(maxsize=64)
 def layer_weights(model: MoESpec) -> npt.NDArray[np.float64]:
-    """Sensitivity of each routed layer, [L], summing to 1.
+    """Sensitivity of each routed layer, [L], summing to 1; read-only.
 
     Default: weight 2 for the first four and the last two layers, else 1 (fit to Mixtral with 32
     layers, ``quantization.md`` section 3b); ``model.layer_weights`` replaces it.
@@ -96,7 +98,9 @@ def layer_weights(model: MoESpec) -> npt.NDArray[np.float64]:
         weights = np.ones(model.n_layers)
         weights[:4] = 2.0
         weights[-2:] = 2.0
-    return np.asarray(weights / weights.sum(), dtype=np.float64)
+    weights = np.asarray(weights / weights.sum(), dtype=np.float64)
+    weights.flags.writeable = False
+    return weights
 
 
 def delta_nll(
@@ -122,11 +126,12 @@ def delta_nll(
     """
     err = np.asarray(error, dtype=np.float64)
     total = np.asarray(energy, dtype=np.float64)
-    err, total = np.broadcast_arrays(err, total)
-    relative = np.divide(err, total, out=np.zeros(err.shape), where=total > 0)
+    relative = err / np.where(total > 0, total, np.inf)
     kappa = (quality or QualityModel()).kappa
     guard = SUPER_EXPERT_NATS * np.asarray(super_low_share, dtype=np.float64)
-    return np.asarray(kappa * (relative @ layer_weights(model)) + guard, dtype=np.float64)
+    # a sum, not a matrix product: that rounds differently with the number of leading entries
+    loss = kappa * (relative * layer_weights(model)).sum(axis=-1)
+    return np.asarray(loss + guard, dtype=np.float64)
 
 
 def perplexity(ppl: float, delta_nll_nats: npt.ArrayLike) -> npt.NDArray[np.float64]:

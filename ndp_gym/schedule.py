@@ -22,7 +22,9 @@ class Schedule:
 
     Attributes:
         request: [N, B] index into the request table, -1 where the slot is idle.
-        position: [N, B] rows of the request already replayed, prefill included.
+        row: [N, B] row of the trace that the slot replays next.
+        left: [N, B] rows the request still has, 0 where idle.
+        context: [N, B] tokens in the live request's context, 0 where idle.
         generated: [N] tokens decoded since `reset`.
     """
 
@@ -35,71 +37,79 @@ class Schedule:
         window: int,
         scheduling: Scheduling,
     ) -> None:
-        """Idle slots everywhere."""
+        """Idle slots everywhere.
+
+        Raises:
+            ValueError: unknown scheduling.
+        """
+        if scheduling not in ("continuous", "static"):
+            raise ValueError(f"scheduling must be 'continuous' or 'static', got {scheduling!r}")
         self.requests, self.window, self.scheduling = requests, window, scheduling
-        self.request = np.full((n_lanes, batch_size), IDLE, np.int64)
-        self.position = np.zeros((n_lanes, batch_size), np.int64)
+        slots = (n_lanes, batch_size)
+        self.request = np.full(slots, IDLE, np.int64)
+        self.row = np.zeros(slots, np.int64)
+        self.left = np.zeros(slots, np.int64)
+        self.context = np.zeros(slots, np.int64)
         self.generated = np.zeros(n_lanes, np.int64)
         self._waiting: list[IntArray] = [np.empty(0, np.int64)] * n_lanes
-        self._next = np.zeros(n_lanes, np.int64)
+        self._n_waiting = np.zeros(n_lanes, np.int64)
 
     def reset(self, lane: int, order: IntArray) -> list[int]:
         """Queue the requests ``order`` on an empty lane and admit the first -> slots admitted."""
+        self.clear(lane)
         self._waiting[lane] = order
-        self._next[lane] = 0
+        self._n_waiting[lane] = order.size
         self.generated[lane] = 0
-        self.request[lane] = IDLE
         return self.admit(lane)
+
+    def clear(self, lane: int) -> None:
+        """Empty one lane's slots and queue."""
+        self.request[lane] = IDLE
+        self.left[lane] = 0
+        self.context[lane] = 0
+        self._n_waiting[lane] = 0
 
     def admit(self, lane: int) -> list[int]:
         """Fill idle slots from the queue: any (continuous), or only once all are idle (static)."""
-        slots = self.request[lane]
-        if self.scheduling == "static" and (slots != IDLE).any():
+        if not self._n_waiting[lane]:
             return []
-        admitted = []
-        for slot in np.flatnonzero(slots == IDLE):
-            if self._next[lane] >= self._waiting[lane].size:
-                break
-            index = self._waiting[lane][self._next[lane]]
-            self._next[lane] += 1
-            slots[slot] = index
-            self.position[lane, slot] = self.requests.n_prompt[index]
-            admitted.append(int(slot))
+        slots = self.request[lane]
+        idle = np.flatnonzero(slots == IDLE)
+        if self.scheduling == "static" and idle.size < slots.size:
+            return []
+        queue, requests = self._waiting[lane], self.requests
+        first = queue.size - self._n_waiting[lane]
+        index = queue[first : first + idle.size]
+        chosen = idle[: index.size]
+        n_prompt = requests.n_prompt[index]
+        slots[chosen] = index
+        self.row[lane, chosen] = requests.start[index] + n_prompt
+        self.left[lane, chosen] = requests.length[index] - n_prompt
+        self.context[lane, chosen] = requests.context_offset[index] + n_prompt
+        self._n_waiting[lane] -= index.size
+        admitted: list[int] = chosen.tolist()
         return admitted
 
-    def next_rows(self) -> tuple[IntArray, IntArray, IntArray]:
-        """The coming window's first rows, numbers of rows and contexts before it; [N, B] each."""
-        live = self.request != IDLE
-        index = np.where(live, self.request, 0)
-        remaining = np.where(live, self.requests.length[index] - self.position, 0)
-        return (
-            self.requests.start[index] + self.position,
-            np.minimum(remaining, self.window),
-            self.requests.context_offset[index] + self.position,
-        )
+    def n_rows(self) -> IntArray:
+        """[N, B] rows of each slot in the coming window; 0 where idle."""
+        return np.minimum(self.left, self.window)
 
     def advance(self) -> NDArray[np.bool_]:
         """Move every live request one window on; free and return [N, B] slots that ended."""
-        _, n_rows, _ = self.next_rows()
-        self.position += n_rows
+        n_rows = self.n_rows()
+        self.row += n_rows
+        self.left -= n_rows
+        self.context += n_rows
         self.generated += n_rows.sum(axis=1)
-        live = self.request != IDLE
-        index = np.where(live, self.request, 0)
-        ended: NDArray[np.bool_] = live & (self.position >= self.requests.length[index])
+        ended: NDArray[np.bool_] = (self.left == 0) & (self.request != IDLE)
         self.request[ended] = IDLE
+        self.context[ended] = 0
         return ended
 
     def live(self) -> NDArray[np.bool_]:
         """[N, B] slots that hold a request."""
         live: NDArray[np.bool_] = self.request != IDLE
         return live
-
-    def contexts(self) -> IntArray:
-        """[N, B] tokens in each live request's context, 0 where idle."""
-        live = self.live()
-        return np.where(
-            live, self.requests.context_offset[np.where(live, self.request, 0)] + self.position, 0
-        )
 
     def is_done(self) -> NDArray[np.bool_]:
         """[N] lanes with nothing live; their queue is empty too, as admission comes first."""

@@ -21,8 +21,9 @@ ROOMS = {
     "plan": "plan policy bit_ladder forecast fillings planners",
     "simulate": "kernel simulate state outcome batch",
     "reward": "reward",
-    "env": "schedule memory lanes encoding env vector wrappers sb3 render",
-    "evaluate": "statistics provenance inputs contenders results rows rollout evaluation "
+    "env": "schedule memory lane_loops lanes inputs bounds encoding decoders episodes env vector "
+    "wrappers sb3 render env_docs",
+    "evaluate": "statistics provenance contenders results rows rollout evaluation "
     "figure report tracking",
     "cli": "commands cli __main__",
 }

@@ -1,0 +1,82 @@
+"""Compiled loops over lanes, layers and experts that run once per window beside the kernel.
+
+Each does in one pass what would be dozens of small array operations: for a single lane their fixed
+cost would exceed the kernel's. Experts are addressed by code ``x = layer * n_experts + expert``.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+# planes of `observe`'s result [6, N, X], the keys of the observation in this order
+PLANES = ("last_load", "ema_load", "gate_share", "tier", "bitwidth", "in_flight")
+_LAST, _EMA, _GATE, _TIER, _BITS, _FLIGHT = range(6)
+_HEAD_BYTES = 1  # column of `LaneState.scalars`
+
+
+@njit(cache=True, nogil=True)
+def remember(weight, steps, counts, gate_energy, seconds, hits, routed, loads, layer):  # type: ignore[no-untyped-def]
+    """Fold one window into the averages of the lanes.
+
+    ``loads`` [3, N, L, E] are the last load, the averaged load and the averaged gate energy;
+    ``seconds`` (four [N, L]) and the share of ``hits`` become ``layer`` [N, L, 5]. ``weight`` [N]
+    is that of this window in the averages, ``steps`` [N, W] the live tokens of its decode steps.
+    """
+    last, ema, energy = loads[0], loads[1], loads[2]
+    gpu_s, far_s, link_s, stall_s = seconds
+    for n in range(counts.shape[0]):
+        n_steps = 0
+        for step in range(steps.shape[1]):
+            n_steps += steps[n, step] > 0
+        n_steps = max(n_steps, 1)
+        for i in range(counts.shape[1]):
+            for e in range(counts.shape[2]):
+                last[n, i, e] = counts[n, i, e] / n_steps
+                ema[n, i, e] += weight[n] * (last[n, i, e] - ema[n, i, e])
+                energy[n, i, e] += weight[n] * (gate_energy[n, i, e] / n_steps - energy[n, i, e])
+            layer[n, i, 0] = gpu_s[n, i] / n_steps
+            layer[n, i, 1] = far_s[n, i] / n_steps
+            layer[n, i, 2] = link_s[n, i] / n_steps
+            layer[n, i, 3] = max(stall_s[n, i], 0.0) / n_steps  # 0 may round below it
+            layer[n, i, 4] = hits[n, i] / max(routed[n, i], 1)
+
+
+@njit(cache=True, nogil=True)
+def observe(loads, hbm, far, target, planes):  # type: ignore[no-untyped-def]
+    """Fill ``planes`` [6, N, L, E] with what policies see of every expert."""
+    n_lanes, n_layers, n_experts = loads.shape[1:]
+    for n in range(n_lanes):
+        for i in range(n_layers):
+            total = 0.0
+            for e in range(n_experts):
+                total += loads[2, n, i, e]
+            total = total if total > 0.0 else 1.0
+            for e in range(n_experts):
+                x = i * n_experts + e
+                absent = hbm[n, x] == 0
+                moving = target[n, x] != 0 and target[n, x] != hbm[n, x]
+                planes[_LAST, n, i, e] = loads[0, n, i, e]
+                planes[_EMA, n, i, e] = loads[1, n, i, e]
+                planes[_GATE, n, i, e] = loads[2, n, i, e] / total
+                planes[_TIER, n, i, e] = 1.0 if absent else 0.0
+                planes[_BITS, n, i, e] = far[n, x] if absent else hbm[n, x]
+                planes[_FLIGHT, n, i, e] = 1.0 if moving else 0.0
+
+
+@njit(cache=True, nogil=True)
+def observe_requests(left, context, n_admitted, generated, hbm, target, scalars, bytes_of, out):  # type: ignore[no-untyped-def]
+    """Fill ``out`` [N, 5]: live requests, admitted ones, mean context, tokens, bytes in flight."""
+    for n in range(out.shape[0]):
+        n_live, total = 0, 0
+        for slot in range(left.shape[1]):
+            n_live += left[n, slot] > 0
+            total += context[n, slot]
+        n_bytes = -scalars[n, _HEAD_BYTES]
+        for x in range(hbm.shape[1]):
+            if target[n, x] != 0 and target[n, x] != hbm[n, x]:
+                n_bytes += bytes_of[target[n, x]]
+        out[n, 0] = n_live
+        out[n, 1] = n_admitted[n]
+        out[n, 2] = total / max(n_live, 1)
+        out[n, 3] = generated[n]
+        out[n, 4] = n_bytes
