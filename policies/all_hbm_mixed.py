@@ -3,19 +3,14 @@
 import numpy as np
 
 from ndp_gym.plan import Plan, all_hbm_mixed
-from ndp_gym.policy import (
-    InfeasibleError,
-    Observation,
-    PolicyContext,
-    budget_bytes,
-    context_entry,
-)
+from ndp_gym.policy import InfeasibleError, Observation, PolicyContext, budget_bytes
 
 
 class AllHbmMixed:
-    """Widths by gate energy, renewed when requests are admitted; ``ndp_gym.plan.all_hbm_mixed``.
+    """Widths by gate energy of the train split, else of the first prompts; never changed.
 
-    The fair opponent of every placement: mixed bitwidths under the same budget.
+    The fair opponent of every placement: mixed bitwidths under the same budget. A new mixture is
+    made only where the budget has shrunk. Source: ``ndp_gym.plan.all_hbm_mixed``.
     """
 
     def reset(self, context: PolicyContext) -> None:
@@ -24,15 +19,17 @@ class AllHbmMixed:
         Raises:
             InfeasibleError: it does not.
         """
-        self.context = context
-        self.load = np.ones((context.model.n_layers, context.model.n_experts))
-        self._plan(context.hbm_budget_bytes)
+        self.context, self.load = context, context.profile
+        self.plan, self.planned_for = self._plan(context.hbm_budget_bytes), np.inf
 
     def __call__(self, observation: Observation) -> Plan:
-        """The mixed plan for the requests admitted last, within the current budget."""
-        if context_entry(observation, "n_admitted") > 0:
+        """The mixed plan for the smallest budget so far."""
+        if self.load is None:
             self.load = observation["gate_share"].astype(np.float64)
-        return self._plan(budget_bytes(observation))
+        budget = budget_bytes(observation)
+        if budget < self.planned_for:
+            self.plan, self.planned_for = self._plan(budget), budget
+        return self.plan
 
     def _plan(self, budget: float) -> Plan:
         plan = all_hbm_mixed(self.context.model, self.context.system, budget, self.load)

@@ -171,7 +171,9 @@ def test_all_hbm_takes_the_largest_uniform_width_and_says_where_none_fits():
 def test_all_hbm_mixed_gives_the_busiest_experts_more_bits():
     budget = int(MODEL.n_layers * MODEL.n_experts * 1.4 * expert_bytes(MODEL, SYSTEM.format, 3))
     load = random_load()
-    plan = started("all_hbm_mixed", budget=budget)(observe(load, budget=budget, n_admitted=1))
+    policy = started("all_hbm_mixed", budget=budget, profile=load)
+    plan = policy(observe(load, budget=budget))
+    assert policy(observe(random_load(1), budget=budget, n_admitted=4)) is plan
     bits = plan.placement.bitwidth
     assert (plan.placement.tier == HBM).all()
     assert bits[load > np.quantile(load, 0.9)].min() >= bits[load < np.quantile(load, 0.1)].max()
