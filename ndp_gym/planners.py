@@ -27,7 +27,6 @@ IntArray = NDArray[np.int64]
 
 SUPER_EXPERT_NATS = 0.8
 """Loss where the super experts are served at <= 2 bits (``quantization.md`` section 0, guard)."""
-_ROUNDS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +82,20 @@ class Copies(NamedTuple):
     present: IntArray
 
 
+class Guess(NamedTuple):
+    """Where the search of the prices starts.
+
+    Attributes:
+        step_s: seconds of a decode step.
+        byte_price: of HBM, in the objective.
+        far_share: [L] the far device's share in a layer's critical time.
+    """
+
+    step_s: float
+    byte_price: float
+    far_share: FloatArray
+
+
 def facts_of(
     model: MoESpec, system: SystemSpec, quality: QualityModel, quality_weight: float, window: int
 ) -> Facts:
@@ -106,8 +119,13 @@ def facts_of(
 
 
 def balance(
-    facts: Facts, expected: Forecast, copies: Copies, budget_bytes: float, knobs: Knobs
-) -> Plan:
+    facts: Facts,
+    expected: Forecast,
+    copies: Copies,
+    budget_bytes: float,
+    knobs: Knobs,
+    guess: Guess | None = None,
+) -> tuple[Plan, Guess]:
     """The plan that balances GPU and far device in every layer within ``budget_bytes``.
 
     It never exceeds the budget as ``transition`` charges it (a copy that changes width counts at
@@ -121,13 +139,16 @@ def balance(
         copies: what the last plan left.
         budget_bytes: HBM for experts.
         knobs: constants.
+        guess: from the last plan, where little has changed since: halves the work.
+
+    Returns:
+        The plan, and the guess for the next one.
     """
     table, started = facts.table, bool(copies.planned.any())
     outside_s = _outside_s(table, expected)
-    step_s = outside_s + _far_step_s(facts, expected)
-    byte_price = (1 - outside_s / step_s) / max(budget_bytes, 1.0)
-    far_share = np.ones(len(copies.present))
-    for _ in range(_ROUNDS):
+    n_rounds = 1 if guess else 2
+    step_s, byte_price, far_share = guess or _first_guess(facts, expected, budget_bytes)
+    for _ in range(n_rounds):
         second = knobs.price / step_s
         prices = Prices(
             second=second,
@@ -152,7 +173,8 @@ def balance(
         target = stage(table, target, copies.present, budget_bytes, can_arrive)
     bits = np.where(target.bits > 0, target.bits, table.bits[far_index]).astype(np.uint8)
     placement = Placement(tier=np.where(target.bits > 0, HBM, FAR), bitwidth=bits)
-    return Plan(placement=placement, migration_order=target.value)
+    plan = Plan(placement=placement, migration_order=target.value)
+    return plan, Guess(step_s, byte_price, far_share)
 
 
 def hot_plan(
@@ -202,7 +224,9 @@ def _outside_s(table: CostTable, expected: Forecast) -> float:
     return routed + dense + table.kv_token_s * dense_kv + table.head_s + engine
 
 
-def _far_step_s(facts: Facts, expected: Forecast) -> float:
-    """Seconds of all experts if everything is far at the middle width; only a first guess."""
-    seconds = far_seconds(facts.table, facts.in_place, expected)
-    return float(seconds[..., len(facts.table.bits) // 2].sum()) + 1e-12
+def _first_guess(facts: Facts, expected: Forecast, budget_bytes: float) -> Guess:
+    """As if everything were far at the middle width, and HBM could save all of that."""
+    far_s = far_seconds(facts.table, facts.in_place, expected)
+    far_step_s = float(far_s[..., len(facts.table.bits) // 2].sum()) + 1e-12
+    step_s = _outside_s(facts.table, expected) + far_step_s
+    return Guess(step_s, far_step_s / step_s / max(budget_bytes, 1.0), np.ones(len(far_s)))

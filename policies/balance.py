@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from ndp_gym.forecast import Blend, Forecast, Forecaster
 from ndp_gym.plan import HBM, Plan
-from ndp_gym.planners import Copies, Knobs, balance, facts_of
-from ndp_gym.policy import Observation, PolicyContext, budget_bytes
+from ndp_gym.planners import Copies, Guess, Knobs, balance, facts_of
+from ndp_gym.policy import Observation, PolicyContext, budget_bytes, context_entry
 
 
 class Balance:
@@ -43,13 +43,21 @@ class Balance:
             context.model, context.system, context.quality, context.quality_weight, context.window
         )
         self.forecaster = Forecaster(self.blend, context.model.top_k, context.profile)
+        self.guess: Guess | None = None
         self.planned = np.zeros((context.model.n_layers, context.model.n_experts), np.int64)
 
     def __call__(self, observation: Observation) -> Plan:
         """The balanced plan for the blend of past loads."""
-        expected = self.expect(observation)
-        copies = self._copies(observation)
-        plan = balance(self.facts, expected, copies, budget_bytes(observation), self.knobs)
+        if context_entry(observation, "n_admitted") > 0:
+            self.guess = None
+        plan, self.guess = balance(
+            self.facts,
+            self.expect(observation),
+            self._copies(observation),
+            budget_bytes(observation),
+            self.knobs,
+            self.guess,
+        )
         self.planned = plan.placement.bitwidth.astype(np.int64)
         return plan
 

@@ -36,7 +36,9 @@ def plan_for(load, *, system=SYSTEM, budget=0.10, before=None, model=MODEL, knob
         bits = before.placement.bitwidth.astype(np.int64)
         copies = Copies(planned=bits, present=np.where(before.placement.tier == HBM, bits, 0))
     routing = expected(shares(load), 4.0, 2000.0, model.top_k)
-    return balance(facts, routing, copies, budget * ROUTED, knobs or Knobs())
+    plan, guess = balance(facts, routing, copies, budget * ROUTED, knobs or Knobs())
+    assert guess.step_s > 0
+    return plan
 
 
 def hot_counts(plan):
