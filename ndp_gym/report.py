@@ -170,7 +170,7 @@ def _quality_lines(result: EvaluationResult, rows: Sequence[Row]) -> list[str]:
 def write_json(result: EvaluationResult, path: str | os.PathLike[str]) -> None:
     """Write the JSON document of ``--json``; the file appears complete or not at all."""
     document = json.dumps(result.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
-    _write_whole(Path(path), document + "\n")
+    write_whole(Path(path), document + "\n")
 
 
 def write_csv(result: EvaluationResult, path: str | os.PathLike[str]) -> None:
@@ -180,7 +180,7 @@ def write_csv(result: EvaluationResult, path: str | os.PathLike[str]) -> None:
     writer = csv.DictWriter(out, fieldnames=list(flat[0]) if flat else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
-    _write_whole(Path(path), out.getvalue())
+    write_whole(Path(path), out.getvalue())
 
 
 def _flat(row: Row) -> dict[str, object]:
@@ -198,7 +198,7 @@ def _flat(row: Row) -> dict[str, object]:
 
 def write_latex(result: EvaluationResult, path: str | os.PathLike[str]) -> None:
     """Write one booktabs ``tabular`` per condition; it needs no package but booktabs."""
-    _write_whole(Path(path), "\n".join(_tabular(rows) for rows in result.by_condition().values()))
+    write_whole(Path(path), "\n".join(_tabular(rows) for rows in result.by_condition().values()))
 
 
 def _tabular(rows: Sequence[Row]) -> str:
@@ -233,10 +233,10 @@ def write_png(result: EvaluationResult, path: str | os.PathLike[str]) -> None:
 
     out = io.BytesIO()
     figure(result).savefig(out, format="png", dpi=120)
-    _write_whole(Path(path), out.getvalue())
+    write_whole(Path(path), out.getvalue())
 
 
-def _write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write to a temporary name in the same folder, then rename; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
