@@ -128,6 +128,15 @@ def known(counts: ArrayLike, context: float, top_k: int) -> Forecast:
     )
 
 
+def mixed(first: Forecast, second: Forecast, weight: float) -> Forecast:
+    """Loads, activity and energies with ``weight`` on ``first``; tokens and context are its own."""
+    return first._replace(
+        load=weight * first.load + (1 - weight) * second.load,
+        active=weight * first.active + (1 - weight) * second.active,
+        energy=weight * first.energy + (1 - weight) * second.energy,
+    )
+
+
 def shares(load: FloatArray) -> FloatArray:
     """``load`` [L, E] divided by its sum over the experts of the layer; flat where that is 0."""
     total = load.sum(axis=-1, keepdims=True)

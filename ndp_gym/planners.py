@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ndp_gym.allocation import at, far_widths, keep_or_change, stage, target_of, within_budget
 from ndp_gym.cost import CostTable, cost_table, expert_bytes, requantise_s
-from ndp_gym.fillings import Prices, Window, far_seconds, fillings
+from ndp_gym.fillings import Fillings, Prices, Window, far_seconds, fillings
 from ndp_gym.forecast import Forecast
 from ndp_gym.plan import FAR, HBM, Placement, Plan, nearest_width
 from ndp_gym.quality import QualityModel, layer_weights, rel_mse_table
@@ -144,37 +144,74 @@ def balance(
     Returns:
         The plan, and the guess for the next one.
     """
-    table, started = facts.table, bool(copies.planned.any())
-    outside_s = _outside_s(table, expected)
-    n_rounds = 1 if guess else 2
-    step_s, byte_price, far_share = guess or _first_guess(facts, expected, budget_bytes)
-    for _ in range(n_rounds):
-        second = knobs.price / step_s
-        prices = Prices(
-            second=second,
-            byte=byte_price,
-            copy_second=second * knobs.hysteresis * started / facts.window,
-            far_share=far_share,
-            gpu_factor=knobs.gpu_factor,
-            far_factor=knobs.far_factor,
-        )
-        lost = facts.loss * expected.energy[..., None] + facts.guard
-        lost += _remake(facts, copies, second)
-        window = Window(table, facts.in_place, expected, lost, copies.present)
-        options = fillings(window, prices)
-        chosen, byte_price = within_budget(options, budget_bytes)
-        step_s = outside_s + float(at(options.seconds, chosen).sum())
-        far_share, far_index = far_widths(window, prices, options, chosen)
-    chosen = keep_or_change(options, chosen, copies.present, budget_bytes, knobs.min_gain)
-    _, far_index = far_widths(window, prices, options, chosen)
+    if guess:
+        best = _search(facts, expected, copies, budget_bytes, knobs, guess)
+    else:
+        # log T is concave in T: a first and a last resort each have a valley of their own.
+        answers = []
+        for start in _first_guesses(facts, expected, budget_bytes):
+            rough = _search(facts, expected, copies, budget_bytes, knobs, start)
+            answers += [rough, _search(facts, expected, copies, budget_bytes, knobs, rough.guess)]
+        best = min(answers, key=lambda answer: answer.objective)
+    table, window, options = facts.table, best.window, best.options
+    present = window.present
+    chosen = keep_or_change(options, best.chosen, present, budget_bytes, knobs.min_gain)
+    _, far_index = far_widths(window, best.prices, options, chosen)
     target = target_of(table, options, chosen)
-    if started:
-        can_arrive = knobs.migration_cap * facts.window * step_s * table.link_bytes_per_s
-        target = stage(table, target, copies.present, budget_bytes, can_arrive)
+    if copies.planned.any():
+        can_arrive = knobs.migration_cap * facts.window * best.guess.step_s * table.link_bytes_per_s
+        target = stage(table, target, present, budget_bytes, can_arrive)
     bits = np.where(target.bits > 0, target.bits, table.bits[far_index]).astype(np.uint8)
     placement = Placement(tier=np.where(target.bits > 0, HBM, FAR), bitwidth=bits)
-    plan = Plan(placement=placement, migration_order=target.value)
-    return plan, Guess(step_s, byte_price, far_share)
+    return Plan(placement=placement, migration_order=target.value), best.guess
+
+
+class _Answer(NamedTuple):
+    """One round of the search and what it found."""
+
+    objective: float
+    window: Window
+    prices: Prices
+    options: Fillings
+    chosen: IntArray
+    guess: Guess
+
+
+def _search(
+    facts: Facts,
+    expected: Forecast,
+    copies: Copies,
+    budget_bytes: float,
+    knobs: Knobs,
+    guess: Guess,
+) -> _Answer:
+    """The best fillings while a second costs ``1 / guess.step_s``, and their true objective."""
+    second = knobs.price / guess.step_s
+    hysteresis = knobs.hysteresis / facts.window * copies.planned.any()
+    prices = Prices(
+        second=second,
+        byte=guess.byte_price,
+        copy_second=second * hysteresis,
+        far_share=guess.far_share,
+        gpu_factor=knobs.gpu_factor,
+        far_factor=knobs.far_factor,
+    )
+    lost = facts.loss * expected.energy[..., None] + facts.guard + _remake(facts, copies, second)
+    window = Window(facts.table, facts.in_place, expected, lost, copies.present)
+    options = fillings(window, prices)
+    chosen, byte_price = within_budget(options, budget_bytes)
+    layers_s = float(at(options.seconds, chosen).sum())
+    step_s = _outside_s(facts.table, expected) + layers_s
+    far_share, _ = far_widths(window, prices, options, chosen)
+    rest = float(at(options.objective, chosen).sum()) - second * layers_s
+    return _Answer(
+        objective=knobs.price * float(np.log(step_s)) + rest,
+        window=window,
+        prices=prices,
+        options=options,
+        chosen=chosen,
+        guess=Guess(step_s, byte_price, far_share),
+    )
 
 
 def hot_plan(
@@ -224,9 +261,14 @@ def _outside_s(table: CostTable, expected: Forecast) -> float:
     return routed + dense + table.kv_token_s * dense_kv + table.head_s + engine
 
 
-def _first_guess(facts: Facts, expected: Forecast, budget_bytes: float) -> Guess:
-    """As if everything were far at the middle width, and HBM could save all of that."""
-    far_s = far_seconds(facts.table, facts.in_place, expected)
-    far_step_s = float(far_s[..., len(facts.table.bits) // 2].sum()) + 1e-12
-    step_s = _outside_s(facts.table, expected) + far_step_s
-    return Guess(step_s, far_step_s / step_s / max(budget_bytes, 1.0), np.ones(len(far_s)))
+def _first_guesses(facts: Facts, expected: Forecast, budget_bytes: float) -> tuple[Guess, Guess]:
+    """As if everything were far at the middle width, and as if everything were in HBM."""
+    table = facts.table
+    middle = len(table.bits) // 2
+    outside_s, sides = _outside_s(table, expected), np.ones(len(expected.load))
+    far_s = float(far_seconds(table, facts.in_place, expected)[..., middle].sum())
+    gpu_s = float(expected.active.sum() * table.gpu_weight_s[middle])
+    gpu_s += len(sides) * float(table.gpu_launch_s[middle])
+    room = max(budget_bytes, 1.0)
+    slow, fast = outside_s + far_s + 1e-12, outside_s + gpu_s + 1e-12
+    return Guess(slow, far_s / slow / room, sides), Guess(fast, far_s / fast / room, sides)

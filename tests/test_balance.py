@@ -7,7 +7,7 @@ import pytest
 
 from ndp_gym import presets
 from ndp_gym.cost import cost_table, expert_bytes
-from ndp_gym.forecast import Blend, Forecaster, expected, known, shares
+from ndp_gym.forecast import Blend, Forecaster, expected, known, mixed, shares
 from ndp_gym.lanes import Lanes
 from ndp_gym.plan import FAR, HBM
 from ndp_gym.planners import Copies, Knobs, balance, facts_of, hot_plan
@@ -126,6 +126,15 @@ def test_one_width_no_launch_and_room_for_all_gives_the_split_of_least_expected_
         assert 0 < hot_counts(plan)[layer] < len(chance)
 
 
+def test_the_search_finds_all_experts_in_hbm_where_one_step_at_a_time_would_not():
+    # At 2.4 bits per weight every expert fits at 2 bits, and the far device is then not needed:
+    # worth much in log time, little per expert while the far device is still the slower side.
+    load = np.full(SHAPE, 4 * MODEL.top_k / MODEL.n_experts)
+    slow = replace(NO_LAUNCH.far, bandwidth_bytes_per_s=NO_LAUNCH.far.bandwidth_bytes_per_s / 30)
+    plan = plan_for(load, system=replace(NO_LAUNCH, far=slow), budget=0.15)
+    assert (plan.placement.tier == HBM).all()
+
+
 def test_quality_is_bought_with_bits_where_it_is_worth_more():
     load = random_load()
     means = [
@@ -233,6 +242,14 @@ def test_known_counts_ignore_steps_without_tokens():
     assert routing.load.tolist() == [[2.0, 1.5, 0.5]]
     assert routing.active.tolist() == [[1.0, 1.0, 0.5]]
     assert routing.n_tokens == 2.0
+
+
+def test_mixed_forecasts_weigh_loads_and_keep_the_tokens_of_the_first():
+    a = expected(shares(random_load(0)), 4.0, 100.0, 2)
+    b = expected(shares(random_load(1)), 2.0, 50.0, 2)
+    both = mixed(a, b, 0.75)
+    assert np.allclose(both.load, 0.75 * a.load + 0.25 * b.load)
+    assert (both.n_tokens, both.context) == (4.0, 100.0)
 
 
 # In the simulator
