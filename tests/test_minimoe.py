@@ -222,11 +222,11 @@ def test_training_is_deterministic_and_learns() -> None:
 def test_weights_survive_the_file(tiny: MiniMoE, tmp_path: Path) -> None:
     coder = tokenizer.Tokenizer([(97, 98), (128, 99)])
     path = tmp_path / "w.safetensors"
-    weights.save(path, weights.Weights(model=tiny, tokenizer=coder, n_steps=7))
+    weights.save(path, weights.Weights(model=tiny, tokenizer=coder, n_steps=7, made_with="x"))
     back = weights.load(path)
     assert back.model.config == TINY
     assert back.tokenizer.merges == coder.merges
-    assert back.n_steps == 7
+    assert (back.n_steps, back.made_with) == (7, "x")
     for one, two in zip(tiny.parameters(), back.model.parameters(), strict=True):
         assert torch.equal(one.half().float(), two)
 
@@ -236,9 +236,11 @@ def test_card_quotes_a_cell_for_every_statistic(tiny: MiniMoE, tmp_path: Path) -
     held_out = {d: rng.integers(160, size=9000).astype(np.uint16) for d in text.DOMAINS}
     sampling = Sampling(n_tokens=80)
     requests = list(record(tiny, held_out, 20, sampling, print))
-    source = weights.Weights(model=tiny, tokenizer=tokenizer.Tokenizer([]), n_steps=7)
+    source = weights.Weights(
+        model=tiny, tokenizer=tokenizer.Tokenizer([]), n_steps=7, made_with="x"
+    )
     weights.save(tmp_path / card.WEIGHTS_FILE, source)
-    made = bundle.make_trace(requests, TINY, sampling, tmp_path / card.WEIGHTS_FILE)
+    made = bundle.make_trace(requests, source, sampling, tmp_path / card.WEIGHTS_FILE)
     trace = made.save(tmp_path / card.TRACE_FILE)
     assert trace.metadata.extra["tokens_of_request_0"] == requests[0].tokens.tolist()
     np.testing.assert_array_equal(trace.expert_ids[-80:], requests[-1].expert_ids[-80:])

@@ -35,7 +35,10 @@ def _train(domains: Sequence[text.Domain], recipe: Recipe, path: Path) -> None:
     for name, stream in streams.items():
         _report(f"{name}: {len(stream):,} tokens to train on")
     model = train(streams, Config(), recipe, _report)
-    weights.save(path, weights.Weights(model=model, tokenizer=coder, n_steps=recipe.n_steps))
+    trained = weights.Weights(
+        model=model, tokenizer=coder, n_steps=recipe.n_steps, made_with=weights.versions()
+    )
+    weights.save(path, trained)
     _report(f"wrote {path.name}")
 
 
@@ -44,7 +47,7 @@ def _record(
 ) -> RoutingTrace:
     sampling = Sampling()
     requests = list(record(source.model, held_out, n_requests, sampling, _report))
-    trace = bundle.make_trace(requests, source.model.config, sampling, folder / card.WEIGHTS_FILE)
+    trace = bundle.make_trace(requests, source, sampling, folder / card.WEIGHTS_FILE)
     saved = trace.save(folder / card.TRACE_FILE)
     _report(f"wrote {card.TRACE_FILE}")
     return saved

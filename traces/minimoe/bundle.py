@@ -1,10 +1,8 @@
 """Recorded requests as one routing trace file with its provenance."""
 
 import hashlib
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,8 @@ import numpy as np
 from ndp_gym.trace import RoutingTrace
 from ndp_gym.trace_metadata import TraceMetadata
 from ndp_gym.trace_requests import SPLITS, Requests
-from traces.minimoe.model import Config
 from traces.minimoe.record import Request, Sampling, assign_splits
+from traces.minimoe.weights import Weights, versions
 
 LICENCE = "Apache-2.0"
 PRESET = "minimoe-16b"
@@ -24,12 +22,13 @@ LOCALITY_NOTE = (
 
 
 def make_trace(
-    requests: Sequence[Request], config: Config, sampling: Sampling, weights_file: Path
+    requests: Sequence[Request], source: Weights, sampling: Sampling, weights_file: Path
 ) -> RoutingTrace:
     """The trace of ``requests``: one conversation each, split half test, quarter train and val.
 
     The tokens of request 0 go into the metadata, so that anyone can recompute its routing.
     """
+    config = source.model.config
     domains = tuple(dict.fromkeys(r.prompt.domain for r in requests))
     length = np.array([len(r.tokens) for r in requests], dtype=np.int64)
     splits = assign_splits(requests, sampling.seed)
@@ -48,8 +47,7 @@ def make_trace(
         n_experts=config.n_experts,
         top_k=config.top_k,
         preset=PRESET,
-        source=f"traces/minimoe: a model trained on text of Python {platform.python_version()}, "
-        f"numpy {version('numpy')} and torch {version('torch').split('+')[0]}",
+        source=f"traces/minimoe: a model trained on text of {source.made_with}",
         licence=LICENCE,
         recorder="python -m traces.minimoe",
         id_order="router_rank",
@@ -57,6 +55,7 @@ def make_trace(
         extra={
             "locality": LOCALITY_NOTE,
             "router_leak": [round(config.leak(i), 4) for i in range(config.n_layers)],
+            "recorded_with": versions(),
             "sampling": asdict(sampling),
             "n_looped": sum(r.n_looped for r in requests),
             "opening_domain": [r.prompt.opening for r in requests],

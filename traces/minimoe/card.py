@@ -1,10 +1,8 @@
 """The card ``minimoe.md``: how the recording was made, its licence, its statistics."""
 
 import hashlib
-import platform
 from collections import Counter
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 from ndp_gym.trace import RoutingTrace
@@ -66,8 +64,8 @@ _MAKING = """\
   fell into a loop and were drawn again. Shipped half-precision weights, float32 arithmetic. Ids in
   order of gate weight; gates sum to 1, float16.
 - **Splits** by conversation (every request is one), even over domains: {splits}.
-- **Made with** Python {python}, numpy {numpy}, torch {torch}, one thread. Other versions hold other
-  text and round otherwise: `--skip-training` records anew from the shipped weights.
+- **Made with** {made_with}; recorded with {recorded_with}; one thread. Other versions hold
+  other text and round otherwise: `--skip-training` records anew from the shipped weights.
 
 Held-out loss in nats per token: {losses}.
 """
@@ -120,9 +118,8 @@ def text(folder: Path, trace: RoutingTrace, source: Weights, losses: Mapping[str
         temperature=extra["sampling"]["temperature"],
         top_p=extra["sampling"]["top_p"],
         splits=", ".join(f"{splits[s]} {s}" for s in SPLITS),
-        python=platform.python_version(),
-        numpy=version("numpy"),
-        torch=version("torch").split("+")[0],
+        made_with=source.made_with,
+        recorded_with=extra["recorded_with"],
         losses=", ".join(f"{name} {loss:.2f}" for name, loss in losses.items()),
     )
     statistics = _STATISTICS.format(table=table(trace), source=SOURCE)

@@ -1,7 +1,9 @@
 """The weights file: a model in half precision with its vocabulary, as safetensors."""
 
 import json
+import platform
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,18 @@ _METADATA = "minimoe"  # one key: the library does not keep the order of several
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A trained model with its vocabulary."""
+    """A trained model with its vocabulary; ``made_with`` names the versions that trained it."""
 
     model: MiniMoE
     tokenizer: Tokenizer
     n_steps: int
+    made_with: str
+
+
+def versions() -> str:
+    """Versions of the packages whose text and arithmetic matter."""
+    torch_version = version("torch").split("+")[0]
+    return f"Python {platform.python_version()}, numpy {version('numpy')}, torch {torch_version}"
 
 
 def save(path: Path, weights: Weights) -> None:
@@ -41,9 +50,11 @@ def save(path: Path, weights: Weights) -> None:
     facts = {
         "config": asdict(weights.model.config),
         "n_steps": weights.n_steps,
+        "made_with": weights.made_with,
         "licence": "Apache-2.0",
     }
     save_file(tensors, str(path), {_METADATA: json.dumps(facts, sort_keys=True)})
+    path.chmod(0o644)
 
 
 def load(path: Path) -> Weights:
@@ -63,6 +74,7 @@ def load(path: Path) -> Weights:
     try:
         model = MiniMoE(Config(**facts["config"]))
         model.load_state_dict({k: t.to(torch.float32) for k, t in tensors.items()})
+        n_steps, made_with = int(facts["n_steps"]), str(facts["made_with"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path.name} does not hold a MiniMoE: {error}") from error
-    return Weights(model=model.eval(), tokenizer=tokenizer, n_steps=int(facts["n_steps"]))
+    return Weights(model=model.eval(), tokenizer=tokenizer, n_steps=n_steps, made_with=made_with)
