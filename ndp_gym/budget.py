@@ -55,19 +55,19 @@ def check_fits(
         )
 
 
-def budgets_bytes(
-    fixed: int | None,
-    model: MoESpec,
-    system: SystemSpec,
-    contexts: NDArray[np.int64],
-    window: int,
+def auto_budgets_bytes(
+    model: MoESpec, system: SystemSpec, contexts: NDArray[np.int64], window: int
 ) -> NDArray[np.int64]:
-    """[N] budgets of lanes whose live requests have ``contexts`` [N, B] tokens (0 = idle slot).
+    """[N] ``"auto"`` budgets of lanes whose live requests have ``contexts`` [N, B] (0 = idle slot).
 
-    ``"auto"`` (``fixed`` is ``None``) leaves room for ``window`` more tokens of every live
-    request, so it shrinks as contexts grow.
+    `auto_budget_bytes` for many lanes at once. It leaves room for ``window`` more tokens of every
+    live request, so it shrinks as contexts grow; 0 where that room is not there.
     """
-    if fixed is not None:
-        return np.full(contexts.shape[0], fixed, np.int64)
-    rows = [auto_budget_bytes(model, system, row[row > 0], window) for row in contexts]
-    return np.array(rows, np.int64)
+    grown = np.where(contexts > 0, contexts + window, 0)
+    n_sliding = sum(model.sliding_layers)
+    kept = grown.sum(axis=1) * (model.n_all_layers - n_sliding)
+    if n_sliding:
+        kept = kept + np.minimum(grown, model.sliding_window).sum(axis=1) * n_sliding
+    room = system.gpu.memory_bytes - model.dense_bytes - system.reserve_bytes
+    left: NDArray[np.int64] = np.maximum(room - kept * model.kv_bytes_per_token_layer, 0)
+    return left

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndp_gym.batch import Simulator, window_arrays
-from ndp_gym.budget import HbmBudget, budgets_bytes, check_fits, fixed_budget_bytes
+from ndp_gym.budget import HbmBudget, auto_budgets_bytes, check_fits, fixed_budget_bytes
 from ndp_gym.cost import prefill_table_s
 from ndp_gym.memory import Memory, PromptCounts, gate_profile
 from ndp_gym.outcome import Outcome
@@ -52,7 +52,8 @@ class Lanes:
         quality_weight: 1 / nat; only shown to policies here.
 
     Attributes:
-        prefill_s: per lane, seconds of each prefill since its last window, in order of admission.
+        admitted: [N, B] slots whose request was admitted since the last window.
+        waited_s: [N, B] seconds of prefills up to and including that request's own, 0 elsewhere.
         outcome: the last window's, with a lane axis; ``None`` before the first.
         last_slots: request index and rows of every slot in the last window, [N, B] each.
         gates: how gate weights were obtained: "recorded", "rank profile of ..." or "uniform".
@@ -95,9 +96,12 @@ class Lanes:
             scheduling=scheduling,
         )
         profile, self.gates = gate_profile(trace, model)
-        self.fixed_budget = fixed_budget_bytes(hbm_budget, model)
+        self._default_budget = hbm_budget
+        self._budgets = np.zeros(n_lanes, np.int64)
+        self._is_auto = np.zeros(n_lanes, np.bool_)
         self.actual = [system] * n_lanes
-        self.prefill_s: list[list[float]] = [[] for _ in range(n_lanes)]
+        self.admitted = np.zeros((n_lanes, batch_size), np.bool_)
+        self.waited_s = np.zeros((n_lanes, batch_size))
         self.outcome: Outcome | None = None
         self.last_slots = self.schedule.request.copy(), np.zeros((n_lanes, batch_size), np.int64)
         self._memory = Memory(n_lanes, batch_size, self.shape)
@@ -110,18 +114,36 @@ class Lanes:
         self._bytes_of = np.zeros(17, np.int64)
         self._bytes_of[list(system.stored_bits)] = self.simulator.costs[0].prices.table.weight_bytes
         self._facts = self._nominal_facts()
-        self._settle_budgets()
 
-    def reset(self, lane: int, order: NDArray[np.int64], actual: SystemSpec | None = None) -> None:
+    def reset(
+        self,
+        lane: int,
+        order: NDArray[np.int64],
+        actual: SystemSpec | None = None,
+        hbm_budget: HbmBudget | None = None,
+    ) -> None:
         """Start an episode on one lane: empty HBM, the requests ``order`` in line.
 
-        ``actual`` is the system that really runs (the nominal one if ``None``).
+        ``actual`` is the system that really runs (the nominal one if ``None``); ``hbm_budget``
+        replaces, for this episode, the one given at construction, and is not checked against KV.
         """
         self.actual[lane] = actual or self.system
         self.simulator.reset(lane, self.actual[lane])
         self._memory.forget(lane)
+        self._forget_waits(lane)
         self._admit(lane, self.schedule.reset(lane, order))
+        fixed = fixed_budget_bytes(hbm_budget or self._default_budget, self.model)
+        self._is_auto[lane] = fixed is None
+        self._budgets[lane] = fixed or 0
         self._settle_budgets()
+
+    @property
+    def prefill_s(self) -> list[list[float]]:
+        """Per lane, seconds of each prefill since its last window, in order of admission."""
+        return [
+            np.diff(waited[admitted], prepend=0.0).tolist()
+            for waited, admitted in zip(self.waited_s, self.admitted, strict=True)
+        ]
 
     def clear(self, lane: int) -> None:
         """Take the requests off one lane, which idles until `reset`."""
@@ -134,7 +156,7 @@ class Lanes:
 
     def budgets(self) -> NDArray[np.int64]:
         """[N] HBM bytes for experts in the coming window."""
-        return self._budgets
+        return self._budgets.copy()
 
     def advance(
         self,
@@ -209,11 +231,11 @@ class Lanes:
     def _next_slots(self) -> None:
         """Retire requests, admit others, and learn from the prompts of those."""
         ended = self.schedule.advance()
-        self.prefill_s = [[] for _ in range(self.n_lanes)]
+        self._forget_waits(slice(None))
         if ended.any():
             for lane in np.flatnonzero(ended.any(axis=1)).tolist():
                 self._admit(lane, self.schedule.admit(lane))
-        if self.fixed_budget is None:
+        if self._is_auto.any():
             self._settle_budgets()
 
     def _admit(self, lane: int, slots: list[int]) -> None:
@@ -223,12 +245,19 @@ class Lanes:
         if slots:
             hbm = self.simulator.state.hbm[lane].reshape(self.shape)
             resident = np.count_nonzero(hbm, axis=1)
+        waited_s = 0.0
         for slot in slots:
             index = int(requests[slot])
             memory.admit(lane, slot, *self._prompts(index))
             table_s = self._prefill_table_s(system, int(self.trace.requests.n_prompt[index]))
-            self.prefill_s[lane].append(float(table_s[resident].sum()))
+            waited_s += float(table_s[resident].sum())
+            self.waited_s[lane, slot] = waited_s
+        self.admitted[lane, slots] = True
         memory.settle(lane, requests != IDLE)
+
+    def _forget_waits(self, lanes: int | slice) -> None:
+        self.admitted[lanes] = False
+        self.waited_s[lanes] = 0.0
 
     def _prefill_table_s(self, system: SystemSpec, n_prompt: int) -> NDArray[np.float64]:
         """Seconds per layer by number of resident experts; kept per system and prompt length."""
@@ -254,12 +283,13 @@ class Lanes:
         return np.tile(np.array(list(facts.values()), np.float32), (self.n_lanes, 1))
 
     def _settle_budgets(self) -> None:
-        """Budgets for the contexts of now, and what the observation says of them."""
-        contexts = self.schedule.context
-        budgets = budgets_bytes(self.fixed_budget, self.model, self.system, contexts, self.window)
-        self._budgets = budgets
-        self._facts[:, 0] = toward_zero(budgets)
-        self._facts[:, 1] = budgets / self.model.routed_bytes16
+        """Automatic budgets for the contexts of now, and what the observation says of them all."""
+        if self._is_auto.any():
+            contexts = self.schedule.context
+            auto = auto_budgets_bytes(self.model, self.system, contexts, self.window)
+            self._budgets[self._is_auto] = auto[self._is_auto]
+        self._facts[:, 0] = toward_zero(self._budgets)
+        self._facts[:, 1] = self._budgets / self.model.routed_bytes16
 
 
 def check_agreement(trace: RoutingTrace, model: MoESpec) -> None:

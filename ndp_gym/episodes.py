@@ -1,0 +1,209 @@
+"""`Episodes`: N episodes of the environment that step together, under the names users see.
+
+What the single env (N = 1) and the vector env share: arguments, spaces, rewards and infos. It
+knows Gymnasium's spaces, but neither its reset protocols nor rendering.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndp_gym.bounds import observation_space
+from ndp_gym.budget import HbmBudget
+from ndp_gym.encoding import encoding_of
+from ndp_gym.inputs import ModelLike, SystemLike, TraceLike, find_model, find_system, open_trace
+from ndp_gym.lanes import Lanes, Observations
+from ndp_gym.outcome import Outcome
+from ndp_gym.reward import quality_weight as weight_of
+from ndp_gym.reward import reward, reward_terms
+from ndp_gym.schedule import Scheduling
+
+__all__ = ["Episodes", "Stepped"]
+
+Infos = dict[str, NDArray[Any]]
+_OUTCOMES = {  # names in info -> fields of `Outcome`
+    "tokens": "tokens",
+    "decode_s": "decode_s",
+    "ref_decode_s": "ref_decode_s",
+    "load_s": "load_s",
+    "delta_nll_nats": "delta_nll",
+    "ref_delta_nll_nats": "ref_delta_nll",
+    "energy_j": "energy_j",
+    "hbm_weight_bytes": "hbm_weight_bytes",
+    "far_weight_bytes": "far_weight_bytes",
+    "activation_bytes": "activation_bytes",
+    "fetch_bytes": "fetch_bytes",
+    "migration_bytes": "migration_bytes",
+    "wasted_bytes": "wasted_bytes",
+    "load_bytes": "load_bytes",
+    "n_repaired": "n_repaired",
+}
+
+
+class Stepped(NamedTuple):
+    """One window of N episodes; lanes that idled have reward 0 and meaningless infos."""
+
+    rewards: NDArray[np.float64]
+    truncated: NDArray[np.bool_]
+    infos: Infos
+
+
+class Episodes:
+    """N lanes with an action encoding, a reward and an end.
+
+    Args:
+        n_lanes: episodes N.
+        hbm_budget: bytes (int), share of all routed-expert bytes at 16 bit (float in (0, 1]),
+            ``"auto"``, or two shares: every episode draws one between them, log-uniformly.
+        others: see `ndp_gym.env.NDPPlacementEnv`.
+
+    Raises:
+        ValueError: an argument is out of range, or recording, model and system do not agree.
+        OSError: the recording cannot be read.
+    """
+
+    def __init__(
+        self,
+        n_lanes: int,
+        *,
+        trace: TraceLike,
+        model: ModelLike,
+        system: SystemLike,
+        batch_size: int,
+        window: int,
+        hbm_budget: HbmBudget | Sequence[float],
+        split: str,
+        scheduling: Scheduling,
+        max_windows: int,
+        action: str,
+        quality_weight: str | float,
+    ) -> None:
+        """Open the recording and size everything; every lane then waits for `reset`."""
+        if isinstance(max_windows, bool) or max_windows < 1:
+            raise ValueError(f"max_windows must be >= 1, got {max_windows}")
+        opened = open_trace(trace)
+        self._shares = _share_range(hbm_budget)
+        self.lanes = Lanes(
+            opened,
+            find_model(model, opened),
+            find_system(system),
+            n_lanes=n_lanes,
+            batch_size=batch_size,
+            window=window,
+            hbm_budget=self._shares[1] if self._shares else hbm_budget,  # type: ignore[arg-type]
+            scheduling=scheduling,
+            quality_weight=weight_of(quality_weight),
+        )
+        self.max_windows = max_windows
+        self.encoding = encoding_of(action, self.lanes)
+        self.observation_space = observation_space(self.lanes, max_windows)
+        self.n_windows = np.zeros(n_lanes, np.int64)
+        self._requests = opened.split_requests(split)
+
+    def reset(
+        self, lane: int, rng: np.random.Generator, options: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Start an episode on one lane -> info.
+
+        Without ``options["requests"]`` the split's requests are permuted by ``rng``.
+
+        Raises:
+            ValueError: options are unknown or name requests that cannot run.
+        """
+        given = self._given_requests(options)
+        order = rng.permutation(self._requests) if given is None else given
+        budget = None
+        if self._shares:
+            low, high = self._shares
+            budget = low * (high / low) ** rng.random()
+        self.lanes.reset(lane, order, hbm_budget=budget)
+        self.encoding.reset(lane)
+        self.n_windows[lane] = 0
+        return {
+            "n_requests": len(order),
+            "hbm_budget_bytes": int(self.lanes.budgets()[lane]),
+            "gates": self.lanes.gates,
+        }
+
+    def observe(self) -> Observations:
+        """What policies see now, each array flattened to [N, n]; fresh arrays."""
+        n_lanes = self.lanes.n_lanes
+        return {name: a.reshape(n_lanes, -1) for name, a in self.lanes.observe().items()}
+
+    def step(self, actions: NDArray[Any], idle: NDArray[np.bool_] | None = None) -> Stepped:
+        """One window on every lane; those in ``idle`` decode nothing and wait for `reset`."""
+        lanes = self.lanes
+        if idle is not None:
+            for lane in np.flatnonzero(idle):
+                lanes.clear(int(lane))
+        waited_s, admitted = lanes.waited_s.copy(), lanes.admitted.copy()
+        tier, bits, order = self.encoding.decode(actions, lanes)
+        outcome = lanes.advance(tier, bits, order)
+        self.n_windows += 1
+        if idle is None:
+            terms = reward_terms(outcome)
+            rewards = reward(terms, lanes.quality_weight)
+        else:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                terms = reward_terms(outcome)
+                rewards = np.where(idle, 0.0, reward(terms, lanes.quality_weight))
+        infos = _infos(outcome, terms, waited_s, admitted)
+        return Stepped(rewards, lanes.is_done | (self.n_windows >= self.max_windows), infos)
+
+    def _given_requests(self, options: Mapping[str, Any] | None) -> NDArray[np.int64] | None:
+        if not options:
+            return None
+        unknown = sorted(set(options) - {"requests"})
+        if unknown:
+            raise ValueError(f"options must be {{'requests': [...]}}, got {unknown}")
+        given = np.asarray(options["requests"])
+        n_decode = self.lanes.trace.requests.n_decode
+        if given.ndim != 1 or given.size == 0 or given.dtype.kind not in "iu":
+            raise ValueError(
+                "options['requests'] must be a non-empty list of indices into the request table, "
+                f"got {options['requests']!r}"
+            )
+        if given.min() < 0 or given.max() >= len(n_decode):
+            raise ValueError(
+                f"options['requests'] must be in 0..{len(n_decode) - 1}, "
+                f"got {given.min()}..{given.max()}"
+            )
+        if (n_decode[given] == 0).any():
+            empty = given[n_decode[given] == 0][0]
+            raise ValueError(f"options['requests'] must have decode rows, request {empty} has none")
+        return given.astype(np.int64)
+
+
+def _infos(
+    outcome: Outcome,
+    terms: dict[str, NDArray[np.float64]],
+    waited_s: NDArray[np.float64],
+    admitted: NDArray[np.bool_],
+) -> Infos:
+    """Everything info says about the window, one row per lane."""
+    infos: Infos = {f"reward_{name}": term for name, term in terms.items()}
+    infos["reward_vector"] = np.stack(list(terms.values()), axis=1)
+    for name, field in _OUTCOMES.items():
+        infos[name] = getattr(outcome, field)
+    infos["hit_rate"] = outcome.hits / np.maximum(outcome.routed, 1)
+    infos["prefill_s"] = waited_s.max(axis=1)
+    infos["ttft_s"] = waited_s + outcome.load_s[:, None] * admitted
+    infos["admitted"] = admitted
+    return infos
+
+
+def _share_range(hbm_budget: HbmBudget | Sequence[float]) -> tuple[float, float] | None:
+    """The two shares between which episodes draw theirs, ``None`` for a single budget."""
+    if isinstance(hbm_budget, int | float | str):
+        return None
+    shares = [float(share) for share in hbm_budget]
+    if len(shares) != 2 or not (0 < shares[0] <= shares[1] <= 1 and math.isfinite(shares[0])):
+        raise ValueError(
+            f"hbm_budget as a list must be two shares 0 < low <= high <= 1, got {hbm_budget}"
+        )
+    return shares[0], shares[1]
