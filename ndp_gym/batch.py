@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndp_gym.cost import cost_table, requantise_s
-from ndp_gym.outcome import EnergyRates, Outcome, Outputs, energy_rates, outcome_of
+from ndp_gym.outcome import Outcome, Outputs, Summary, outcome_of, summary_of
 from ndp_gym.plan import nearest_width
 from ndp_gym.quality import QualityModel, rel_mse_table
 from ndp_gym.specs import MoESpec, Service, SystemSpec
@@ -26,10 +26,14 @@ from ndp_gym.state import State, Window
 if TYPE_CHECKING:
     from ndp_gym.kernel import LaneState, Plans, Prices, Windows
 
-_KINDS = ("in_place", "fetch")
+_KINDS = ("in_place", "fetch", "balance")
 _CACHES = ("none", "lru", "lfu", "fifo")
 _SCOPES = ("layer", "global")
 _LANES_PER_THREAD = 4  # fewer are not worth a second thread
+
+
+ServiceArrays = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.uint8]]
+"""Codes [N, 3], rates [N, 4] and widths by router rank [N, K]; columns in `ndp_gym.kernel`."""
 
 
 class Costs(NamedTuple):
@@ -38,7 +42,7 @@ class Costs(NamedTuple):
     system: SystemSpec
     prices: Prices
     ref_bits: int  # width of the stateless reference
-    energy: EnergyRates
+    summary: Summary
 
 
 @lru_cache(maxsize=256)
@@ -53,14 +57,17 @@ def costs(model: MoESpec, system: SystemSpec, quality: QualityModel) -> Costs:
             seconds[bits] = requantise_s(model, system, bits)
     ref_bits = nearest_width(system, 4)
     errors = np.ascontiguousarray(rel_mse_table(model, system, quality), dtype=np.float64)
+    reference = _service_arrays((system.default_service,), model.top_k)
     prices = Prices(
         table=table,
         rel_mse=errors.reshape(-1, errors.shape[-1]),
         requantise_s=seconds,
         ref_place=np.full(model.n_layers * model.n_experts, -1 - table.index_of[ref_bits], np.int8),
-        ref_service=np.array(_service_codes(system.default_service), dtype=np.int64),
+        ref_service=reference[0][0],
+        ref_rates=reference[1][0],
+        ref_rank_bits=reference[2][0],
     )
-    return Costs(system, prices, ref_bits, energy_rates(model, system))
+    return Costs(system, prices, ref_bits, summary_of(model, system))
 
 
 class Simulator:
@@ -79,6 +86,7 @@ class Simulator:
         self.costs = [costs(model, system, quality)] * n_lanes
         self.state = _empty_state(n_lanes, model.n_layers * model.n_experts)
         self._no_state = _empty_state(1, model.n_layers * model.n_experts)
+        self._services: tuple[Sequence[Service], ServiceArrays] | None = None
         for lane in range(n_lanes):
             self.reset(lane, system)
 
@@ -115,27 +123,26 @@ class Simulator:
             np.ascontiguousarray(tier, np.uint8).reshape(flat),
             np.ascontiguousarray(bits, np.uint8).reshape(flat),
             np.ascontiguousarray(order, np.float64).reshape(flat),
-            np.array([_service_codes(s) for s in services], dtype=np.int64),
+            *self._service_arrays(services),
             np.ascontiguousarray(budgets, np.int64),
         )
         n_widths = self.costs[0].prices.table.bits.size
         outputs = _empty_outputs(self.n_lanes, self.shape, length, n_widths)
         for first, last in _same(self.costs):
             self._run(first, last, windows, plans, outputs)
-        rates = [cost.energy for cost in self.costs]
-        return outcome_of(outputs, self.model, rates, self.quality)
+        summaries = [cost.summary for cost in self.costs]
+        return outcome_of(outputs, self.model, summaries, self.quality)
 
     def _run(self, first: int, last: int, windows: Windows, plans: Plans, outputs: Outputs) -> None:
         """Lanes first..last-1, which share their costs, on as many threads as pay."""
         from ndp_gym.kernel import run_lanes
 
         prices, n_experts = self.costs[first].prices, self.shape[1]
-        results = outputs.planned, outputs.replay, outputs.reference
         chunks = max(1, min(_n_threads(), (last - first) // _LANES_PER_THREAD))
 
         def run(lo: int, hi: int) -> None:
             run_lanes(
-                lo, hi, windows, plans, n_experts, prices, self.state, self._no_state, *results
+                lo, hi, windows, plans, n_experts, prices, self.state, self._no_state, *outputs
             )
 
         if chunks == 1:
@@ -143,6 +150,13 @@ class Simulator:
         else:
             edges = [first + (last - first) * i // chunks for i in range(chunks + 1)]
             list(_threads().map(run, edges[:-1], edges[1:]))
+
+    def _service_arrays(self, services: Sequence[Service]) -> ServiceArrays:
+        """`_service_arrays` of the lanes; those of the same object as last time are kept."""
+        if self._services is None or self._services[0] is not services:
+            kept = tuple(services)
+            self._services = kept, _service_arrays(kept, self.model.top_k)
+        return self._services[1]
 
     def put_state(self, lane: int, state: State) -> None:
         """Copy ``state`` into one lane."""
@@ -162,6 +176,7 @@ class Simulator:
         ):
             array[lane] = value.ravel()
         arrays.queue[lane, : state.queue.size] = state.queue
+        arrays.credit[lane] = state.credit
         arrays.scalars[lane] = state.queue.size, state.head_bytes, state.tick, state.is_fresh
 
     def get_state(self, lane: int, load: NDArray[np.float64] | None = None) -> State:
@@ -179,6 +194,7 @@ class Simulator:
             cache_time=s.cache_time[lane].reshape(self.shape).copy(),
             cache_uses=s.cache_uses[lane].reshape(self.shape).copy(),
             tick=tick,
+            credit=float(s.credit[lane]),
             load=np.zeros(self.shape) if load is None else load,
             is_fresh=bool(fresh),
         )
@@ -263,9 +279,25 @@ def _same(items: Sequence[Costs]) -> Iterable[tuple[int, int]]:
             first = i
 
 
-@lru_cache(maxsize=64)
-def _service_codes(service: Service) -> tuple[int, int, int]:
-    return _KINDS.index(service.kind), _CACHES.index(service.cache), _SCOPES.index(service.scope)
+def _service_arrays(services: tuple[Service, ...], top_k: int) -> ServiceArrays:
+    """One service per lane as the kernel reads it."""
+    codes = np.empty((len(services), 3), np.int64)
+    rates = np.zeros((len(services), 4), np.float64)
+    rank_bits = np.zeros((len(services), top_k), np.uint8)
+    for lane, service in enumerate(services):
+        codes[lane] = (
+            _KINDS.index(service.kind),
+            _CACHES.index(service.cache),
+            _SCOPES.index(service.scope),
+        )
+        rates[lane, 0] = -1.0 if service.credit is None else service.credit
+        if service.prefetch is not None:
+            ahead = service.prefetch
+            rates[lane, 1:] = ahead.depth, ahead.recall, ahead.precision
+        if service.rank_bits:
+            widths = [*service.rank_bits, *[service.rank_bits[-1]] * top_k]
+            rank_bits[lane] = widths[:top_k]
+    return codes, rates, rank_bits
 
 
 def _empty_state(n_lanes: int, n: int) -> LaneState:
@@ -282,6 +314,7 @@ def _empty_state(n_lanes: int, n: int) -> LaneState:
         cache_time=np.zeros((n_lanes, n), i64),
         cache_uses=np.zeros((n_lanes, n), i64),
         scalars=np.zeros((n_lanes, 4), i64),
+        credit=np.zeros(n_lanes),
     )
 
 
@@ -290,17 +323,16 @@ def _empty_outputs(n_lanes: int, shape: tuple[int, int], length: int, n_widths: 
 
     n = shape[0] * shape[1]
     f8, i64, i32 = np.float64, np.int64, np.int32
-    layers = np.zeros((2, n_lanes, shape[0], 9), f8)
     replays = [
         Replay(
-            layer=layer,
+            layer=np.zeros((n_lanes, shape[0], 9), f8),
             step_s=np.zeros((n_lanes, length), f8),
             step_tokens=np.zeros((n_lanes, length), i64),
             served=np.zeros((n_lanes, 2, n_widths), i64),
             low_tokens=np.zeros((n_lanes, n), i32),
             totals=np.zeros((n_lanes, 9), i64),
         )
-        for layer in layers
+        for _ in range(2)
     ]
     planned = Planned(
         totals=np.zeros((n_lanes, 3), i64),
@@ -308,4 +340,4 @@ def _empty_outputs(n_lanes: int, shape: tuple[int, int], length: int, n_widths: 
         counts=np.zeros((n_lanes, n), i32),
         gate_energy=np.zeros((n_lanes, n), f8),
     )
-    return Outputs(planned, replays[0], replays[1], layers)
+    return Outputs(planned, replays[0], replays[1])

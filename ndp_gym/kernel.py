@@ -25,7 +25,10 @@ N_REPAIRED, LOAD_BYTES, CANCELLED = range(3)
 # columns of `LaneState.scalars` [N, 4] and of `Plans.services` [N, 3]
 QUEUE_LENGTH, HEAD_BYTES, TICK, FRESH = range(4)
 KIND, CACHE, SCOPE = range(3)
-FETCH_KIND, GLOBAL_SCOPE = 1, 1
+CREDIT, DEPTH, RECALL, PRECISION = range(4)  # columns of `Service.rates`
+IN_PLACE, FETCH_ALL, BALANCE = range(3)
+GLOBAL_SCOPE = 1
+COPIED = 16  # added to the width index of an expert copied on demand, see `_decide`
 NO_CACHE, LRU, LFU, FIFO = range(4)
 LOW_BITS = 2  # widths at which a super expert collapses (quantization.md section 0)
 
@@ -42,6 +45,7 @@ class LaneState(NamedTuple):
     cache_time: NDArray[np.int64]  # [N, X] tick of last use (LRU, LFU) or insertion (FIFO)
     cache_uses: NDArray[np.int64]  # [N, X] uses since insertion
     scalars: NDArray[np.int64]  # [N, 4]
+    credit: NDArray[np.float64]  # [N] copies owed to experts outside HBM (service "balance")
 
 
 class Windows(NamedTuple):
@@ -63,6 +67,8 @@ class Plans(NamedTuple):
     bits: NDArray[np.uint8]  # [N, X]
     order: NDArray[np.float64]  # [N, X] higher is promoted earlier
     services: NDArray[np.int64]  # [N, 3]
+    rates: NDArray[np.float64]  # [N, 4]
+    rank_bits: NDArray[np.uint8]  # [N, K] width fetched by router rank, 0 = the plan's
     budgets: NDArray[np.int64]  # [N] bytes
 
 
@@ -74,6 +80,8 @@ class Prices(NamedTuple):
     requantise_s: NDArray[np.float64]  # [17] by width
     ref_place: NDArray[np.int8]  # [X] `where` of the stateless reference
     ref_service: NDArray[np.int64]  # [3]
+    ref_rates: NDArray[np.float64]  # [4]
+    ref_rank_bits: NDArray[np.uint8]  # [K]
 
 
 class Replay(NamedTuple):
@@ -282,7 +290,7 @@ def _settle_cache(want, free, service, table, n_layers, state, lane):  # type: i
     for x in range(want.size):
         if cache[x] == 0:
             continue
-        if want[x] != 0 or service[KIND] != FETCH_KIND or service[CACHE] == NO_CACHE:
+        if want[x] != 0 or service[KIND] != FETCH_ALL or service[CACHE] == NO_CACHE:
             if want[x] == cache[x] and hbm[x] == 0:
                 hbm[x] = want[x]
             cache[x] = 0
@@ -340,40 +348,118 @@ def apply_plan(plans, lane, prices, n_layers, state, planned):  # type: ignore[n
     return used, capacity
 
 
+@njit(cache=True, nogil=True)
+def _widths_by_rank(windows, lane, step, layer, rank_bits, table, place):  # type: ignore[no-untyped-def]
+    """Fill ``place`` [E] with the widest index that any token of the step asks for by its rank."""
+    ids = windows.expert_ids
+    place[:] = table.bits.size - 1
+    for slot in range(windows.n_rows.shape[1]):
+        if step < windows.n_rows[lane, slot]:
+            row = windows.first_row[lane, slot] + step
+            for rank in range(ids.shape[2]):
+                e = np.intp(ids[row, layer, rank])
+                place[e] = min(place[e], table.index_of[rank_bits[rank]])
+
+
+@njit(cache=True, nogil=True)
+def _decide(counts, step, layer, where, cache, ranked, table, place):  # type: ignore[no-untyped-def]
+    """Service "fetch": fill ``place`` [E] of one layer's active experts.
+
+    A width index means a copy in HBM, `COPIED` + index one that is copied now.
+    """
+    base = layer * place.size
+    for i in range(counts.n_active[step, layer]):
+        x = counts.active[step, layer, i]
+        e = x - base
+        if where[x] >= 0:
+            place[e] = where[x]
+            continue
+        b = place[e] if ranked else -1 - where[x]
+        if cache[x] == table.bits[b] or (ranked and cache[x] > table.bits[b]):
+            place[e] = table.index_of[cache[x]]
+        else:
+            place[e] = COPIED + b
+
+
 @njit(cache=True, nogil=True, inline="always")
-def _serve(counts, step, layer, where, cache, fetch, table, rel_mse, served, low, out, totals):  # type: ignore[no-untyped-def]
-    """Compute one layer's active experts in one step where their copies are.
+def _far_expert_s(n_tokens, b, table):  # type: ignore[no-untyped-def]
+    rows_s = table.far_token_s[b] * max(n_tokens, table.far_min_tokens)
+    return max(table.far_weight_s[b], rows_s)
+
+
+@njit(cache=True, nogil=True)
+def _move_busiest(counts, step, layer, where, credit, table, state, holder, place):  # type: ignore[no-untyped-def]
+    """Service "balance": copy the busiest experts to the GPU, let the far device compute the rest.
+
+    How many: those that minimise the slower side (MoNDE), or as many as ``credit`` per expert
+    outside HBM has saved up (``credit`` >= 0). Fills ``place`` [E] as `_decide` does.
+    """
+    base = layer * place.size
+    busiest = np.empty(counts.n_active[step, layer], np.int64)
+    n, near_s, far_s = 0, 0.0, 0.0
+    for i in range(busiest.size):
+        x = counts.active[step, layer, i]
+        place[x - base] = where[x]
+        if where[x] >= 0:
+            near_s += table.gpu_weight_s[where[x]]
+            continue
+        far_s += _far_expert_s(counts.tokens[step, x], -1 - where[x], table)
+        k = n
+        while k > 0 and counts.tokens[step, busiest[k - 1]] < counts.tokens[step, x]:
+            busiest[k] = busiest[k - 1]
+            k -= 1
+        busiest[k] = x
+        n += 1
+    moved, best_s = 0, max(near_s, far_s)
+    if credit >= 0.0:
+        state.credit[holder] += credit * n
+        moved = min(int(state.credit[holder] + 1e-12), n)
+        state.credit[holder] -= moved
+    else:
+        for k in range(n):
+            b = -1 - where[busiest[k]]
+            near_s += table.copy_s[b] + table.gpu_weight_s[b]
+            far_s -= _far_expert_s(counts.tokens[step, busiest[k]], b, table)
+            if max(near_s, far_s) < best_s:
+                moved, best_s = k + 1, max(near_s, far_s)
+    for k in range(moved):
+        place[busiest[k] - base] = COPIED - 1 - where[busiest[k]]
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _serve(counts, step, layer, place, base, table, rel_mse, served, low, out, totals):  # type: ignore[no-untyped-def]
+    """Compute one layer's active experts in one step where ``place[x - base]`` says.
 
     Returns:
-        seconds of experts on the GPU, on the far device, of copies on demand; experts on the far
-        device.
+        seconds of experts on the GPU, on the far device, of copies on demand; bytes of these
+        copies; experts on the far device.
     """
     gpu_weights_s, far_s, copy_s = 0.0, 0.0, 0.0
     gpu_tokens, n_far, widths, hits = 0, 0, 0, 0
-    fetch_bytes, hbm_bytes, far_bytes = 0, 0, 0
+    copy_bytes, hbm_bytes, far_bytes = 0, 0, 0
     error, energy = 0.0, 0.0
     for i in range(counts.n_active[step, layer]):
         x = counts.active[step, layer, i]
         n_tokens, q = counts.tokens[step, x], counts.energy[step, x]
-        place = where[x]
-        b = place if place >= 0 else -1 - place
-        if place >= 0 or fetch:
-            if place >= 0 or cache[x] == table.bits[b]:
-                hits += n_tokens
-            else:
+        b = int(place[x - base])
+        if b < 0:
+            b = -1 - b
+            far_s += _far_expert_s(n_tokens, b, table)
+            n_far += 1
+            far_bytes += table.weight_bytes[b]
+            served[1, b] += n_tokens
+        else:
+            if b >= COPIED:
+                b -= COPIED
                 copy_s += table.copy_s[b]
-                fetch_bytes += table.weight_bytes[b]
+                copy_bytes += table.weight_bytes[b]
+            else:
+                hits += n_tokens
             gpu_weights_s += table.gpu_weight_s[b]
             gpu_tokens += n_tokens
             widths |= 1 << b
             hbm_bytes += table.weight_bytes[b]
             served[0, b] += n_tokens
-        else:
-            rows_s = table.far_token_s[b] * max(n_tokens, table.far_min_tokens)
-            far_s += max(table.far_weight_s[b], rows_s)
-            n_far += 1
-            far_bytes += table.weight_bytes[b]
-            served[1, b] += n_tokens
         if table.bits[b] <= LOW_BITS:
             low[x] += n_tokens
         error += q * rel_mse[x, b]
@@ -382,25 +468,24 @@ def _serve(counts, step, layer, where, cache, fetch, table, rel_mse, served, low
     for b in range(table.bits.size):
         if widths & (1 << b):
             gpu_s += table.gpu_launch_s[b]
-    totals[FETCH] += fetch_bytes
     totals[HBM_BYTES] += hbm_bytes
     totals[FAR_BYTES] += far_bytes
     out[layer, HITS] += hits
     out[layer, ERROR] += error
     out[layer, ENERGY] += energy
-    return gpu_s, far_s, copy_s, n_far
+    return gpu_s, far_s, copy_s, copy_bytes, n_far
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _far_tokens(windows, lane, step, layer, where, n_experts):  # type: ignore[no-untyped-def]
-    """Tokens of the step with at least one expert outside HBM: each activation travels once."""
+def _far_tokens(windows, lane, step, layer, place, first):  # type: ignore[no-untyped-def]
+    """Tokens of the step with an expert on the far device: each activation travels once."""
     ids = windows.expert_ids
     n_tokens = 0
     for slot in range(windows.n_rows.shape[1]):
         if step < windows.n_rows[lane, slot]:
             row = windows.first_row[lane, slot] + step
             for rank in range(ids.shape[2]):
-                if where[layer * n_experts + np.intp(ids[row, layer, rank])] < 0:
+                if place[first + np.intp(ids[row, layer, rank])] < 0:
                     n_tokens += 1
                     break
     return n_tokens
@@ -420,35 +505,34 @@ def _context(windows, lane, step, sliding_window):  # type: ignore[no-untyped-de
 
 
 @njit(cache=True, nogil=True)
-def _keep_fetched(counts, step, layer, where, service, room, table, state, lane, totals):  # type: ignore[no-untyped-def]
+def _keep_fetched(counts, step, layer, place, where, service, room, table, state, lane, totals):  # type: ignore[no-untyped-def]
     """Touch hits, keep fetched copies, complete promotions that a fetch has overtaken."""
     used, capacity = room
     cache, time, uses = state.cache[lane], state.cache_time[lane], state.cache_uses[lane]
     scalars, target = state.scalars[lane], state.target[lane]
     n_scopes = 1 if service[SCOPE] == GLOBAL_SCOPE else counts.n_active.shape[1]
     scope, size = layer % n_scopes, where.size // n_scopes
-    n = counts.n_active[step, layer]
-    hit = np.zeros(n, np.bool_)
-    for i in range(n):
-        x = counts.active[step, layer, i]
-        hit[i] = where[x] < 0 and cache[x] == table.bits[-1 - where[x]]
-    for i in range(n):
+    for i in range(counts.n_active[step, layer]):
         x = counts.active[step, layer, i]
         if where[x] >= 0:
             continue
-        b = -1 - where[x]
-        if target[x] != 0:  # queued: the fetched copy is the promotion
-            state.hbm[lane, x] = target[x]
-            if scalars[QUEUE_LENGTH] > 0 and state.queue[lane, 0] == x:
-                totals[OVERTAKEN] += scalars[HEAD_BYTES]
-                scalars[HEAD_BYTES] = 0
+        b = place[x - layer * place.size]
+        is_hit = b < COPIED
+        if not is_hit:
+            b -= COPIED
+        if target[x] != 0:  # queued: the fetched copy is the promotion, if it has its width
+            if table.bits[b] == target[x]:
+                state.hbm[lane, x] = target[x]
+                if scalars[QUEUE_LENGTH] > 0 and state.queue[lane, 0] == x:
+                    totals[OVERTAKEN] += scalars[HEAD_BYTES]
+                    scalars[HEAD_BYTES] = 0
             continue
         if service[CACHE] == NO_CACHE or table.weight_bytes[b] > capacity:
             continue
-        if hit[i] and cache[x] == 0:  # served, but a later copy of this step has pushed it out
+        if is_hit and cache[x] == 0:  # served, but a later copy of this step pushed it out
             continue
         scalars[TICK] += 1
-        if hit[i]:
+        if is_hit:
             uses[x] += 1
             if service[CACHE] != FIFO:
                 time[x] = scalars[TICK]
@@ -500,8 +584,27 @@ def _advance_queue(n_bytes, where, table, state, lane, totals):  # type: ignore[
         scalars[QUEUE_LENGTH] = length - done
 
 
+@njit(cache=True, nogil=True, inline="always")
+def _exposed_copy(copy_s, copy_bytes, rates, hidden_s, totals):  # type: ignore[no-untyped-def]
+    """Seconds of copies on demand that prefetching leaves in the open, and the link's -> both.
+
+    A share ``recall`` was predicted ``depth`` layers ahead and hides behind the GPU's time there;
+    the wrong predictions that come with it (``precision``) use the link too.
+    """
+    totals[FETCH] += copy_bytes
+    if rates[DEPTH] <= 0.0 or copy_bytes == 0:
+        return copy_s, copy_s
+    predicted_s = rates[RECALL] * copy_s
+    wrong = rates[RECALL] * (1.0 / rates[PRECISION] - 1.0)
+    totals[FETCH] += int(wrong * copy_bytes)
+    exposed_s = max(0.0, predicted_s + wrong * copy_s - rates[DEPTH] * hidden_s)
+    return copy_s - predicted_s + exposed_s, copy_s + wrong * copy_s
+
+
 @njit(cache=True, nogil=True)
-def replay_window(windows, lane, counts, where, service, room, prices, state, holder, out):  # type: ignore[no-untyped-def]
+def replay_window(  # type: ignore[no-untyped-def]
+    windows, lane, counts, where, service, rates, rank_bits, room, prices, state, holder, out
+):  # fmt: skip
     """Stage two: run the clock over one lane's counts, into lane ``lane`` of ``out``.
 
     ``where[x]`` is the width index of the HBM copy, or -1 - the index served or fetched from
@@ -511,10 +614,12 @@ def replay_window(windows, lane, counts, where, service, room, prices, state, ho
     # arrays are taken out of their tuples once: each access in a loop would cost an atomic count
     table, rel_mse = prices.table, prices.rel_mse
     n_layers, top_k = windows.expert_ids.shape[1], windows.expert_ids.shape[2]
-    fetch = service[KIND] == FETCH_KIND
+    kind, ranked = service[KIND], rank_bits[0] > 0
     cache, layer_out, totals = state.cache[holder], out.layer[lane], out.totals[lane]
     served, low, step_s = out.served[lane], out.low_tokens[lane], out.step_s[lane]
     step_tokens, scalars = out.step_tokens[lane], state.scalars[holder]
+    n_experts = where.size // n_layers
+    place = where if kind == IN_PLACE else np.zeros(n_experts, np.int8)
     for step in range(counts.tokens.shape[0]):
         n_tokens, context, sliding = _context(windows, lane, step, table.sliding_window)
         if n_tokens == 0:
@@ -524,38 +629,50 @@ def replay_window(windows, lane, counts, where, service, room, prices, state, ho
         total_s = n_dense * table.dense_layer_s + table.kv_token_s * dense_seen
         spare_s = total_s
         for layer in range(n_layers):
-            gpu_s, far_s, copy_s, n_far = _serve(
-                counts, step, layer, where, cache, fetch, table, rel_mse, served, low, layer_out,
-                totals,
-            )  # fmt: skip
+            first = base = 0
+            if kind == IN_PLACE:
+                first = layer * n_experts
+            else:
+                base = layer * n_experts
+            if kind == FETCH_ALL:
+                if ranked:
+                    _widths_by_rank(windows, lane, step, layer, rank_bits, table, place)
+                _decide(counts, step, layer, where, cache, ranked, table, place)
+            elif kind == BALANCE:
+                credit = rates[CREDIT]
+                _move_busiest(counts, step, layer, where, credit, table, state, holder, place)
+            gpu_s, far_s, copy_s, copy_bytes, n_far = _serve(
+                counts, step, layer, place, base, table, rel_mse, served, low, layer_out, totals
+            )
             link_s = 0.0
             if n_far > 0:
                 crossing = n_tokens
                 if n_far < counts.n_active[step, layer]:
-                    crossing = _far_tokens(
-                        windows, lane, step, layer, where, where.size // n_layers
-                    )
+                    crossing = _far_tokens(windows, lane, step, layer, place, first)
                 link_s = 2.0 * table.link_latency_s + crossing * table.activation_token_s
                 totals[ACTIVATION] += crossing * table.activation_bytes
                 far_s = max(table.far_floor_s, link_s + far_s)
             seen = sliding if table.layer_slides[layer] else context
             attention_s = table.layer_s[layer] + table.kv_token_s * seen
-            near_s = gpu_s + copy_s
+            layer_out[layer, FAR_S] += max(0.0, far_s - link_s)
+            copy_s, copying_s = _exposed_copy(
+                copy_s, copy_bytes, rates, attention_s + gpu_s, totals
+            )
+            near_s, link_s = gpu_s + copy_s, link_s + copying_s
             experts_s = table.overlap * max(near_s, far_s)
             experts_s += (1.0 - table.overlap) * (near_s + far_s)
             total_s += attention_s + experts_s
-            spare_s += max(0.0, attention_s + experts_s - link_s - copy_s)
+            spare_s += max(0.0, attention_s + experts_s - link_s)
             layer_out[layer, LAYER_S] += attention_s + experts_s
             layer_out[layer, GPU_S] += gpu_s
-            layer_out[layer, FAR_S] += max(0.0, far_s - link_s)
-            layer_out[layer, LINK_S] += link_s + copy_s
+            layer_out[layer, LINK_S] += link_s
             layer_out[layer, STALL_S] += experts_s - gpu_s
             layer_out[layer, ROUTED] += n_tokens * top_k
-            if fetch:
+            if kind == FETCH_ALL:
                 _keep_fetched(
-                    counts, step, layer, where, service, room, table, state, holder, totals
+                    counts, step, layer, place, where, service, room, table, state, holder, totals
                 )
-        if fetch:
+        if kind == FETCH_ALL:
             _drop_completed(where, table, state, holder)
         if scalars[QUEUE_LENGTH] > 0:
             n_bytes = int(spare_s * table.link_bytes_per_s)
@@ -575,7 +692,7 @@ def _locate(state, lane, service, table, where):  # type: ignore[no-untyped-def]
     for x in range(where.size):
         if hbm[x] != 0:
             where[x] = table.index_of[hbm[x]]
-        elif service[KIND] == FETCH_KIND and target[x] != 0:
+        elif service[KIND] == FETCH_ALL and target[x] != 0:
             where[x] = -1 - table.index_of[target[x]]
         else:
             where[x] = -1 - table.index_of[far[x]]
@@ -597,9 +714,12 @@ def run_lanes(first, last, windows, plans, n_experts, prices, state, no_state, p
         room = apply_plan(plans, lane, prices, n_layers, state, planned)
         count_window(windows, lane, n_experts, counts)
         _locate(state, lane, service, prices.table, where)
-        replay_window(windows, lane, counts, where, service, room, prices, state, lane, out)
         replay_window(
-            windows, lane, counts, prices.ref_place, prices.ref_service, room, prices, no_state,
-            empty, ref,
+            windows, lane, counts, where, service, plans.rates[lane], plans.rank_bits[lane], room,
+            prices, state, lane, out,
+        )  # fmt: skip
+        replay_window(
+            windows, lane, counts, prices.ref_place, prices.ref_service, prices.ref_rates,
+            prices.ref_rank_bits, room, prices, no_state, empty, ref,
         )  # fmt: skip
         collect_counts(counts, planned.counts[lane], planned.gate_energy[lane])

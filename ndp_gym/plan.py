@@ -159,11 +159,20 @@ def check_plan(plan: Plan, model: MoESpec, system: SystemSpec) -> None:
 
 
 def check_service(service: Service, system: SystemSpec) -> None:
-    """Raise ``ValueError`` where ``service`` needs a far device that computes."""
-    if service.kind == "in_place" and not system.far.can_compute:
+    """Raise ``ValueError`` where ``service`` asks for what the system has not.
+
+    That is a far device that computes (``in_place``, ``balance``) or a stored width.
+    """
+    if service.kind != "fetch" and not system.far.can_compute:
         raise ValueError(
-            f"service 'in_place' needs a far device that computes, {system.far.name} cannot: "
+            f"service {service.kind!r} needs a far device that computes, {system.far.name} cannot: "
             f"use 'fetch'"
+        )
+    missing = [bits for bits in service.rank_bits if bits not in system.stored_bits]
+    if missing:
+        raise ValueError(
+            f"rank_bits must be among stored_bits={system.stored_bits} of {system.name}, "
+            f"got {missing}"
         )
 
 

@@ -23,6 +23,7 @@ class State:
         cache_bits, cache_time, cache_uses: [L, E] cached copies (service "fetch"): width, tick of
             last use (of insertion for FIFO), uses since insertion.
         tick: cache events so far.
+        credit: copies owed to experts outside HBM (service "balance" with a credit).
         load: [L, E] float64, tokens per expert in the last window: the default migration order.
         is_fresh: no plan has been applied yet; the first one loads in the foreground.
     """
@@ -37,6 +38,7 @@ class State:
     cache_time: NDArray[np.int64]
     cache_uses: NDArray[np.int64]
     tick: int
+    credit: float
     load: NDArray[np.float64]
     is_fresh: bool
 

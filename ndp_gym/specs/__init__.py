@@ -7,7 +7,7 @@ second, times in seconds. ``dataclasses.replace`` changes one number and validat
 from ndp_gym.specs.devices import FarSpec, GpuSpec, LinkSpec, MoEKernel
 from ndp_gym.specs.formats import Format
 from ndp_gym.specs.model import GQA, MLA, MoESpec
-from ndp_gym.specs.system import Service, SystemSpec
+from ndp_gym.specs.system import Prefetch, Service, SystemSpec
 
 __all__ = [
     "GQA",
@@ -18,6 +18,7 @@ __all__ = [
     "LinkSpec",
     "MoEKernel",
     "MoESpec",
+    "Prefetch",
     "Service",
     "SystemSpec",
 ]

@@ -9,21 +9,60 @@ from ndp_gym.specs.formats import Format
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prefetch:
+    """Copies on demand that a predictor has seen coming.
+
+    Attributes:
+        depth: layers ahead, i.e. how much GPU time the copy can hide behind, in layers.
+        recall: share of the copies needed that were predicted.
+        precision: share of the copies predicted that are needed; the rest use the link in vain.
+    """
+
+    depth: int = 1
+    recall: float
+    precision: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the three numbers."""
+        if self.depth < 1:
+            raise ValueError(f"prefetch depth must be >= 1 layer, got {self.depth}")
+        if not 0 <= self.recall <= 1:
+            raise ValueError(f"prefetch recall must be in [0, 1], got {self.recall}")
+        if not 0 < self.precision <= 1:
+            raise ValueError(f"prefetch precision must be in (0, 1], got {self.precision}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Service:
     """What happens to an expert that is needed but not in HBM.
 
     ``in_place``: activations travel and the far device computes. ``fetch``: the weights travel;
     HBM that the placement does not pin is a cache run by ``cache``, per layer or over all layers.
+    ``balance``: the busiest experts' weights travel for one step, the far device computes the rest,
+    in the split that makes the slower side fastest (MoNDE, arXiv 2405.18832).
+
+    Attributes:
+        kind: one of the three.
+        cache: rule of the cache (``fetch`` only).
+        scope: one cache over all layers, or one per layer.
+        credit: ``balance`` only: copies per expert outside HBM, saved up, not the best split.
+        rank_bits: ``fetch`` only: width fetched by router rank (the widest that a token of the step
+            asks for, the last entry for all further ranks) in place of the plan's; a wider cached
+            copy serves too (HOBBIT, arXiv 2411.01433).
+        prefetch: ``fetch`` only: predicted copies hide behind earlier layers.
     """
 
-    kind: Literal["in_place", "fetch"]
+    kind: Literal["in_place", "fetch", "balance"]
     cache: Literal["none", "lru", "lfu", "fifo"] = "none"
     scope: Literal["layer", "global"] = "global"
+    credit: float | None = None
+    rank_bits: tuple[int, ...] = ()
+    prefetch: Prefetch | None = None
 
     def __post_init__(self) -> None:
-        """Check the three names; a cache needs ``fetch``."""
+        """Check the names, and that each option belongs to its kind."""
         rules = {
-            "kind": ("in_place", "fetch"),
+            "kind": ("in_place", "fetch", "balance"),
             "cache": ("none", "lru", "lfu", "fifo"),
             "scope": ("layer", "global"),
         }
@@ -31,8 +70,15 @@ class Service:
             value = getattr(self, field)
             if value not in allowed:
                 raise ValueError(f"service {field} must be one of {allowed}, got {value!r}")
-        if self.kind == "in_place" and self.cache != "none":
-            raise ValueError(f"service in_place keeps no cache, got cache={self.cache!r}")
+        if self.kind != "fetch" and self.cache != "none":
+            raise ValueError(f"service {self.kind} keeps no cache, got cache={self.cache!r}")
+        if self.kind != "fetch" and (self.rank_bits or self.prefetch is not None):
+            raise ValueError(f"rank_bits and prefetch need service 'fetch', got {self.kind!r}")
+        if self.credit is not None and (self.kind != "balance" or self.credit < 0):
+            raise ValueError(
+                f"credit must be >= 0 and needs service 'balance', got {self.credit} for "
+                f"{self.kind!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
