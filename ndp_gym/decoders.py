@@ -56,14 +56,15 @@ def split_width(level, n_widths):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def allocate(actions, keys, hbm, budgets, table, tier, bits):  # type: ignore[no-untyped-def]
+def allocate(actions, keys, hbm, budgets, widths, weight_bytes, index_of, tier, bits):  # type: ignore[no-untyped-def]
     """Fill ``tier`` and ``bits`` [N, X]: in order of rank, whatever fits the budget goes to HBM.
 
     Bytes are charged as `transition` does: a copy that changes width counts at the larger one.
     The first bytes are spent on the wider, the rest on the narrower of two widths; the experts
-    left over are split the same way, by number.
+    left over are split the same way, by number. ``widths``, ``weight_bytes`` and ``index_of`` are
+    those of `CostTable`.
     """
-    n_experts, n_widths = keys.shape[1], table.bits.size
+    n_experts, n_widths = keys.shape[1], widths.size
     for n in range(keys.shape[0]):
         levels = actions[n, n_experts:]
         wide, narrow, share = split_width(levels[HBM_WIDTH], n_widths)
@@ -72,16 +73,16 @@ def allocate(actions, keys, hbm, budgets, table, tier, bits):  # type: ignore[no
         used, n_far = 0, 0
         for rank in range(n_experts):
             x = keys[n, rank] & ((1 << CODE_BITS) - 1)
-            held = table.weight_bytes[table.index_of[hbm[n, x]]] if hbm[n, x] != 0 else 0
-            charge = max(table.weight_bytes[wide], held)
+            held = weight_bytes[index_of[hbm[n, x]]] if hbm[n, x] != 0 else 0
+            charge = max(weight_bytes[wide], held)
             index = wide
             if used + charge > wide_room:
-                charge = max(table.weight_bytes[narrow], held)
+                charge = max(weight_bytes[narrow], held)
                 index = narrow
             if used + charge <= room:
                 used += charge
                 tier[n, x] = 0
-                bits[n, x] = table.bits[index]
+                bits[n, x] = widths[index]
             else:
                 keys[n, n_far] = x
                 n_far += 1
@@ -90,4 +91,4 @@ def allocate(actions, keys, hbm, budgets, table, tier, bits):  # type: ignore[no
         for rank in range(n_far):
             x = keys[n, rank]
             tier[n, x] = 1
-            bits[n, x] = table.bits[wide if rank < n_wide else narrow]
+            bits[n, x] = widths[wide if rank < n_wide else narrow]

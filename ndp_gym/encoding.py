@@ -71,6 +71,8 @@ class Scores:
 
     def __init__(self, lanes: Lanes) -> None:
         """Sized for the lanes' model."""
+        table = lanes.simulator.costs[0].prices.table
+        self._widths = table.bits, table.weight_bytes, table.index_of
         self._n_experts = lanes.shape[0] * lanes.shape[1]
         self.space = spaces.Box(-1.0, 1.0, (self._n_experts + len(LEVELS),), np.float32)
 
@@ -83,13 +85,13 @@ class Scores:
 
         shape = (lanes.n_lanes, self._n_experts)
         actions = _shaped(actions, (lanes.n_lanes, *self.space.shape), np.float32)
-        state, table = lanes.simulator.state, lanes.simulator.costs[0].prices.table
+        state = lanes.simulator.state
         order, keys = np.empty(shape), np.empty(shape, np.int64)
         if not rank_keys(actions, state.target, order, keys):
             raise ValueError("scores must be finite, got nan or inf")
         keys.sort(axis=1)
         tier, bits = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
-        allocate(actions, keys, state.hbm, lanes.budgets(), table, tier, bits)
+        allocate(actions, keys, state.hbm, lanes.budgets(), *self._widths, tier, bits)
         experts = (lanes.n_lanes, *lanes.shape)
         return Decoded(tier.reshape(experts), bits.reshape(experts), order.reshape(experts))
 
@@ -234,6 +236,6 @@ def _shaped(actions: NDArray[Any], shape: tuple[int, ...], dtype: type) -> NDArr
     array = np.asarray(actions)
     if array.shape != shape:
         raise ValueError(f"actions must have shape {shape}, got {array.shape}")
-    if np.dtype(dtype).kind == "i" and array.dtype.kind not in "iu":
+    if dtype is np.int64 and array.dtype.kind not in "iu":
         raise ValueError(f"actions must be integers, got {array.dtype}")
     return np.ascontiguousarray(array, dtype)

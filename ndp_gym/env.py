@@ -218,7 +218,7 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
         truncated = bool(stepped.truncated[0])
         self._needs_reset = truncated
         info = {
-            name: column[0].item() if column.ndim == 1 else column[0]
+            name: column.item() if column.ndim == 1 else column[0]
             for name, column in stepped.infos.items()
         }
         return self._observe(), float(stepped.rewards[0]), False, truncated, info
@@ -231,7 +231,7 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
         return render_lane(self.episodes, 0)
 
     def _observe(self) -> Observation:
-        return {name: array[0] for name, array in self.episodes.observe().items()}
+        return {name: array.reshape(-1) for name, array in self.episodes.lanes.observe().items()}
 
 
 def check_render_mode(render_mode: str | None) -> None:

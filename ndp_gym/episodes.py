@@ -186,14 +186,17 @@ def _infos(
     admitted: NDArray[np.bool_],
 ) -> Infos:
     """Everything info says about the window, one row per lane."""
-    infos: Infos = {f"reward_{name}": term for name, term in terms.items()}
-    infos["reward_vector"] = np.stack(list(terms.values()), axis=1)
+    vector = np.empty((len(waited_s), len(terms)))
+    infos: Infos = {"reward_vector": vector, "admitted": admitted}
+    for column, (name, term) in enumerate(terms.items()):
+        vector[:, column] = term
+        infos[f"reward_{name}"] = term
     for name, field in _OUTCOMES.items():
         infos[name] = getattr(outcome, field)
     infos["hit_rate"] = outcome.hits / np.maximum(outcome.routed, 1)
     infos["prefill_s"] = waited_s.max(axis=1)
-    infos["ttft_s"] = waited_s + outcome.load_s[:, None] * admitted
-    infos["admitted"] = admitted
+    is_first = outcome.load_s.any()
+    infos["ttft_s"] = waited_s + outcome.load_s[:, None] * admitted if is_first else waited_s
     return infos
 
 

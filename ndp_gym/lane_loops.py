@@ -42,10 +42,17 @@ def remember(weight, steps, counts, gate_energy, seconds, hits, routed, loads, l
 
 
 @njit(cache=True, nogil=True)
-def observe(loads, hbm, far, target, planes):  # type: ignore[no-untyped-def]
-    """Fill ``planes`` [6, N, L, E] with what policies see of every expert."""
+def observe(loads, copies, bytes_of, left, tokens, n_admitted, generated, planes, context):  # type: ignore[no-untyped-def]
+    """Fill ``planes`` [6, N, L, E] with what policies see of every expert.
+
+    ``copies`` are the columns hbm, far, target and scalars of `LaneState`. ``context`` [N, 5] gets
+    live and admitted requests, their mean context (``tokens`` [N, B]), tokens generated, and bytes
+    that promotions still have to move.
+    """
+    hbm, far, target, scalars = copies
     n_lanes, n_layers, n_experts = loads.shape[1:]
     for n in range(n_lanes):
+        n_bytes = -scalars[n, _HEAD_BYTES]
         for i in range(n_layers):
             total = 0.0
             for e in range(n_experts):
@@ -55,28 +62,37 @@ def observe(loads, hbm, far, target, planes):  # type: ignore[no-untyped-def]
                 x = i * n_experts + e
                 absent = hbm[n, x] == 0
                 moving = target[n, x] != 0 and target[n, x] != hbm[n, x]
+                if moving:
+                    n_bytes += bytes_of[target[n, x]]
                 planes[_LAST, n, i, e] = loads[0, n, i, e]
                 planes[_EMA, n, i, e] = loads[1, n, i, e]
                 planes[_GATE, n, i, e] = loads[2, n, i, e] / total
                 planes[_TIER, n, i, e] = 1.0 if absent else 0.0
                 planes[_BITS, n, i, e] = far[n, x] if absent else hbm[n, x]
                 planes[_FLIGHT, n, i, e] = 1.0 if moving else 0.0
+        n_live, n_tokens = 0, 0
+        for slot in range(left.shape[1]):
+            n_live += left[n, slot] > 0
+            n_tokens += tokens[n, slot]
+        context[n, 0], context[n, 1] = n_live, n_admitted[n]
+        context[n, 2] = n_tokens / max(n_live, 1)
+        context[n, 3], context[n, 4] = generated[n], n_bytes
 
 
 @njit(cache=True, nogil=True)
-def observe_requests(left, context, n_admitted, generated, hbm, target, scalars, bytes_of, out):  # type: ignore[no-untyped-def]
-    """Fill ``out`` [N, 5]: live requests, admitted ones, mean context, tokens, bytes in flight."""
-    for n in range(out.shape[0]):
-        n_live, total = 0, 0
-        for slot in range(left.shape[1]):
-            n_live += left[n, slot] > 0
-            total += context[n, slot]
-        n_bytes = -scalars[n, _HEAD_BYTES]
-        for x in range(hbm.shape[1]):
-            if target[n, x] != 0 and target[n, x] != hbm[n, x]:
-                n_bytes += bytes_of[target[n, x]]
-        out[n, 0] = n_live
-        out[n, 1] = n_admitted[n]
-        out[n, 2] = total / max(n_live, 1)
-        out[n, 3] = generated[n]
-        out[n, 4] = n_bytes
+def advance_slots(window, request, row, left, context, generated, ended):  # type: ignore[no-untyped-def]
+    """Move the live requests [N, B] one window on; free the slots of those that end in it.
+
+    ``ended`` [N] marks the lanes with such a slot.
+    """
+    for n in range(request.shape[0]):
+        for slot in range(request.shape[1]):
+            n_rows = min(left[n, slot], window)
+            row[n, slot] += n_rows
+            left[n, slot] -= n_rows
+            context[n, slot] += n_rows
+            generated[n] += n_rows
+            if left[n, slot] == 0 and request[n, slot] >= 0:
+                request[n, slot] = -1
+                context[n, slot] = 0
+                ended[n] = True

@@ -196,15 +196,15 @@ class Lanes:
 
     def observe(self) -> Observations:
         """What policies see now, each array with a leading lane axis; fresh arrays every time."""
-        from ndp_gym.lane_loops import PLANES, observe, observe_requests
+        from ndp_gym.lane_loops import PLANES, observe
 
         state, memory, schedule = self.simulator.state, self._memory, self.schedule
         planes = np.empty((len(PLANES), self.n_lanes, *self.shape), np.float32)
-        observe(memory.loads, state.hbm, state.far, state.target, planes)
         context = self._facts.copy()
-        observe_requests(
-            schedule.left, schedule.context, memory.n_admitted, schedule.generated, state.hbm,
-            state.target, state.scalars, self._bytes_of, context[:, _VARIABLE:],
+        observe(
+            memory.loads, (state.hbm, state.far, state.target, state.scalars), self._bytes_of,
+            schedule.left, schedule.context, memory.n_admitted, schedule.generated, planes,
+            context[:, _VARIABLE:],
         )  # fmt: skip
         return {
             "prefill_load": memory.prefill_load.copy(),
@@ -233,7 +233,7 @@ class Lanes:
         ended = self.schedule.advance()
         self._forget_waits(slice(None))
         if ended.any():
-            for lane in np.flatnonzero(ended.any(axis=1)).tolist():
+            for lane in np.flatnonzero(ended).tolist():
                 self._admit(lane, self.schedule.admit(lane))
         if self._is_auto.any():
             self._settle_budgets()

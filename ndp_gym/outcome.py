@@ -17,7 +17,7 @@ from ndp_gym.cost import (
     static_energy_j,
 )
 from ndp_gym.cost.decode import expert_flops
-from ndp_gym.quality import QualityModel, delta_nll
+from ndp_gym.quality import QualityModel, layer_weights, nats_of
 from ndp_gym.specs import MoESpec, SystemSpec
 
 if TYPE_CHECKING:
@@ -107,66 +107,85 @@ class Outputs(NamedTuple):
     planned: Planned
     replay: Replay
     reference: Replay
-    layers: FloatArray  # [2, N, L, 9] the memory behind ``replay.layer`` and ``reference.layer``
 
 
-class EnergyRates(NamedTuple):
-    """Joules per unit of what the kernel counts, on one system."""
+class Summary(NamedTuple):
+    """What turns the kernel's results into nats and joules, for one model on one system."""
 
-    totals: FloatArray  # [9] per column of `Replay.totals`
-    served: FloatArray  # [2] per token served on the GPU and on the far device
-    token: float
-    second: float
+    layer_weights: FloatArray  # [L] sensitivities
+    super_codes: IntArray  # codes of the super experts
+    joules: FloatArray  # [13] see `energy_rates`
 
 
-def energy_rates(model: MoESpec, system: SystemSpec) -> EnergyRates:
-    """What `ndp_gym.cost.energy` charges for one byte, token and second."""
+def summary_of(model: MoESpec, system: SystemSpec) -> Summary:
+    """The constants of `outcome_of` for ``model`` on ``system``."""
+    codes = [layer * model.n_experts + expert for layer, expert in model.super_experts]
+    return Summary(
+        layer_weights(model).copy(), np.array(codes, np.int64), energy_rates(model, system)
+    )
+
+
+def energy_rates(model: MoESpec, system: SystemSpec) -> FloatArray:
+    """[13] joules, as `ndp_gym.cost.energy` charges them.
+
+    Per unit of each column of `Replay.totals` (9), per token of one expert served on the GPU and on
+    the far device, per decoded token, per second.
+    """
     from ndp_gym import kernel as k
 
     gpu, far = system.gpu, system.far
     hbm_byte = float(gpu_energy_j(gpu, 1.0))
     kv_byte = hbm_byte * model.kv_bytes_per_token_layer
-    totals = np.zeros(9)
-    totals[[k.ACTIVATION, k.FETCH, k.MIGRATION]] = link_energy_j(system.link, 1.0)
-    totals[k.HBM_BYTES] = hbm_byte
-    totals[k.FAR_BYTES] = far_energy_j(far, 1.0)
-    totals[k.STEPS] = hbm_byte * dense_read_bytes(model)
-    totals[k.SLIDING] = kv_byte * sum(model.sliding_layers)
-    totals[k.CONTEXT] = kv_byte * (model.n_all_layers - sum(model.sliding_layers))
+    rates = np.zeros(13)
+    rates[[k.ACTIVATION, k.FETCH, k.MIGRATION]] = link_energy_j(system.link, 1.0)
+    rates[k.HBM_BYTES] = hbm_byte
+    rates[k.FAR_BYTES] = far_energy_j(far, 1.0)
+    rates[k.STEPS] = hbm_byte * dense_read_bytes(model)
+    rates[k.SLIDING] = kv_byte * sum(model.sliding_layers)
+    rates[k.CONTEXT] = kv_byte * (model.n_all_layers - sum(model.sliding_layers))
     flops = expert_flops(model)
     outside_params = model.active_params - model.n_layers * model.top_k * model.expert_params
-    return EnergyRates(
-        totals=totals,
-        served=np.array([gpu_energy_j(gpu, 0.0, flops), far_energy_j(far, 0.0, flops)]),
-        token=float(gpu_energy_j(gpu, 0.0, 2 * outside_params)),
-        second=float(static_energy_j(system, 1.0)),
-    )
+    rates[9] = gpu_energy_j(gpu, 0.0, flops)
+    rates[10] = far_energy_j(far, 0.0, flops)
+    rates[11] = gpu_energy_j(gpu, 0.0, 2 * outside_params)
+    rates[12] = static_energy_j(system, 1.0)
+    return rates
 
 
 def outcome_of(
-    outputs: Outputs, model: MoESpec, rates: Sequence[EnergyRates], quality: QualityModel
+    outputs: Outputs, model: MoESpec, summaries: Sequence[Summary], quality: QualityModel
 ) -> Outcome:
-    """Name the kernel's columns and add quality and energy; ``rates`` has one entry per lane."""
+    """Name the kernel's columns and add quality and energy; ``summaries`` has one per lane."""
     from ndp_gym import kernel as k
+    from ndp_gym import outcome_loops as s
 
-    planned, replay, reference, layers = outputs
-    experts = (replay.totals.shape[0], model.n_layers, model.n_experts)
+    planned, replay, reference = outputs
+    n_lanes = replay.totals.shape[0]
+    experts = (n_lanes, model.n_layers, model.n_experts)
+    first = summaries[0]
+    is_same = all(summary is first for summary in summaries)
+    sums, counts = np.empty((n_lanes, 7)), np.empty((n_lanes, 3), np.int64)
+    layer_counts = np.empty((n_lanes, model.n_layers, 2), np.int64)
+    s.summarise(
+        planned, replay, reference, first.layer_weights, first.super_codes,
+        first.joules[None] if is_same else np.stack([summary.joules for summary in summaries]),
+        sums, counts, layer_counts,
+    )  # fmt: skip
+    nats = nats_of(
+        sums[:, s.RELATIVE : s.REF_RELATIVE + 1],
+        sums[:, s.LOW_SHARE : s.REF_LOW_SHARE + 1],
+        quality,
+    )
     layer, totals = replay.layer, replay.totals
-    load_s, requantise_s = planned.seconds.T
-    decode_s = replay.step_s.sum(axis=1) + np.where(load_s > 0, 0.0, requantise_s)
-    tokens = replay.step_tokens.sum(axis=1)
-    layer_counts = layer[:, :, k.HITS : k.ROUTED + 1].astype(np.int64)
-    counts = layer_counts.sum(axis=1)
-    nll, ref_nll = _delta_nll(outputs, layers, model, quality)
     return Outcome(
-        decode_s=decode_s,
-        load_s=load_s,
-        requantise_s=requantise_s,
+        decode_s=sums[:, s.DECODE_S],
+        load_s=planned.seconds[:, 0],
+        requantise_s=planned.seconds[:, 1],
         step_s=replay.step_s,
         step_tokens=replay.step_tokens,
-        tokens=tokens,
-        routed=counts[:, 1],
-        hits=counts[:, 0],
+        tokens=counts[:, s.TOKENS],
+        routed=counts[:, s.ROUTED],
+        hits=counts[:, s.HITS],
         hbm_weight_bytes=totals[:, k.HBM_BYTES],
         far_weight_bytes=totals[:, k.FAR_BYTES],
         activation_bytes=totals[:, k.ACTIVATION],
@@ -187,53 +206,10 @@ def outcome_of(
         counts=planned.counts.reshape(experts),
         gate_energy=planned.gate_energy.reshape(experts),
         served_tokens=replay.served,
-        delta_nll=nll,
-        energy_j=_energy_j(replay, rates, tokens, decode_s),
-        ref_decode_s=reference.step_s.sum(axis=1),
-        ref_delta_nll=ref_nll,
+        delta_nll=nats[:, 0],
+        energy_j=sums[:, s.JOULES],
+        ref_decode_s=sums[:, s.REF_DECODE_S],
+        ref_delta_nll=nats[:, 1],
         ref_layer_s=reference.layer[:, :, k.LAYER_S],
         ref_layer_error=reference.layer[:, :, k.ERROR],
     )
-
-
-def _delta_nll(
-    outputs: Outputs, layers: FloatArray, model: MoESpec, quality: QualityModel
-) -> FloatArray:
-    """[2, N] nats of plan and reference.
-
-    The guard counts the share of the super experts' tokens that were served at <= 2 bits.
-    """
-    from ndp_gym import kernel as k
-
-    low_share: FloatArray | float = 0.0
-    if model.super_experts:
-        codes = [layer * model.n_experts + expert for layer, expert in model.super_experts]
-        low = [r.low_tokens[:, codes] for r in (outputs.replay, outputs.reference)]
-        if low[0].any() or low[1].any():
-            tokens = np.maximum(outputs.planned.counts[:, codes], 1)
-            low_share = np.stack([(tokens_low / tokens).mean(axis=1) for tokens_low in low])
-    return delta_nll(model, layers[..., k.ERROR], layers[..., k.ENERGY], low_share, quality)
-
-
-def _energy_j(
-    replay: Replay, rates: Sequence[EnergyRates], tokens: IntArray, decode_s: FloatArray
-) -> FloatArray:
-    """[N] joules of each lane's window, from its bytes, FLOPs and seconds."""
-    served = replay.served.sum(axis=2)
-    if all(rate is rates[0] for rate in rates):
-        return _joules(rates[0], replay.totals, served, tokens, decode_s)
-    lanes = zip(rates, replay.totals, served, tokens, decode_s, strict=True)
-    return np.array([_joules(*lane) for lane in lanes])
-
-
-def _joules(
-    rate: EnergyRates,
-    totals: IntArray,
-    served: IntArray,
-    tokens: IntArray,
-    decode_s: FloatArray,
-) -> FloatArray:
-    """The scalar products of `EnergyRates` with what was counted; any leading axes."""
-    # sums, not matrix products: those round differently with the number of lanes
-    dynamic: FloatArray = (totals * rate.totals).sum(axis=-1) + (served * rate.served).sum(axis=-1)
-    return dynamic + tokens * rate.token + decode_s * rate.second

@@ -127,10 +127,18 @@ def delta_nll(
     err = np.asarray(error, dtype=np.float64)
     total = np.asarray(energy, dtype=np.float64)
     relative = err / np.where(total > 0, total, np.inf)
+    return nats_of((relative * layer_weights(model)).sum(axis=-1), super_low_share, quality)
+
+
+def nats_of(
+    relative_error: npt.ArrayLike,
+    super_low_share: npt.ArrayLike = 0.0,
+    quality: QualityModel | None = None,
+) -> npt.NDArray[np.float64]:
+    """Loss in nats per token for a relative error averaged over layers, plus the guard."""
     kappa = (quality or QualityModel()).kappa
     guard = SUPER_EXPERT_NATS * np.asarray(super_low_share, dtype=np.float64)
-    # a sum, not a matrix product: that rounds differently with the number of leading entries
-    loss = kappa * (relative * layer_weights(model)).sum(axis=-1)
+    loss = kappa * np.asarray(relative_error, dtype=np.float64)
     return np.asarray(loss + guard, dtype=np.float64)
 
 

@@ -95,15 +95,13 @@ class Schedule:
         return np.minimum(self.left, self.window)
 
     def advance(self) -> NDArray[np.bool_]:
-        """Move every live request one window on; free and return [N, B] slots that ended."""
-        n_rows = self.n_rows()
-        self.row += n_rows
-        self.left -= n_rows
-        self.context += n_rows
-        self.generated += n_rows.sum(axis=1)
-        ended: NDArray[np.bool_] = (self.left == 0) & (self.request != IDLE)
-        self.request[ended] = IDLE
-        self.context[ended] = 0
+        """Move every live request one window on and free slots that ended -> [N] lanes with any."""
+        from ndp_gym.lane_loops import advance_slots
+
+        ended = np.zeros(self.request.shape[0], np.bool_)
+        advance_slots(
+            self.window, self.request, self.row, self.left, self.context, self.generated, ended
+        )
         return ended
 
     def live(self) -> NDArray[np.bool_]:
