@@ -21,14 +21,10 @@ from ndp_gym.policy import (
     PolicyFactory,
     resolve,
 )
-from ndp_gym.results import ALL_HBM_POLICIES
+from ndp_gym.results import ALL_FAR4, ALL_HBM_POLICIES, BASELINES
 from ndp_gym.units import GB
 
 __all__ = ["BASELINES", "Contender", "PolicyLike", "all_far4", "all_hbm_rows", "contenders"]
-
-ALL_FAR4 = "all_far4"
-BASELINES = (ALL_FAR4, *ALL_HBM_POLICIES)
-"""Policies that every condition contains, from `ndp_gym.plan`."""
 
 PolicyLike = str | Policy | PolicyFactory
 

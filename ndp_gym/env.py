@@ -120,7 +120,7 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
     |---|---|---|
     | `trace` | `None` | path of a recording; `None`: the bundled one |
     | `model` | `None` | name of a model preset; `None`: the one that the recording names |
-    | `system` | `None` | name of a system preset; `None`: `h100_cxl_pnm` |
+    | `system` | `None` | name of a system preset; `None`: `h100_cxl_seed_ndp` |
     | `batch_size` | `8` | requests decoded at once |
     | `window` | `16` | decode steps per plan |
     | `hbm_budget` | `0.10` | HBM for experts: bytes (int), share of all routed-expert bytes at 16 bit (float), `"auto"` (what KV leaves over), or `[low, high]`: a share drawn log-uniformly per episode |

@@ -40,6 +40,7 @@ def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
     values = [row["tokens_per_s"] or 0.0 for row in rows]
     colours = ["#4c78a8" if r["validity"] == "in_range" else "#b3c6dc" for r in rows]
     axes.barh(range(len(rows)), values, color=colours)
+    axes.margins(y=0.01)
     for place, row in enumerate(rows):
         value, interval = row["tokens_per_s"], row["tokens_per_s_ci95"]
         if value is None:
@@ -77,5 +78,7 @@ def _draw_front(axes: Axes, rows: Sequence[Row]) -> None:
     )
     axes.set_xlabel("ΔNLL (nats); red: Pareto front", fontsize=8)
     axes.set_ylabel("tokens per second", fontsize=8)
-    axes.set_ylim(bottom=0)
+    axes.set_xscale("symlog", linthresh=0.01)
+    axes.set_xlim(left=0.0)
+    axes.set_yscale("log")
     axes.margins(x=0.08)

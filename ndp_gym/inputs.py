@@ -25,7 +25,7 @@ __all__ = [
     "trace_argument",
 ]
 
-DEFAULT_SYSTEM = "h100_cxl_pnm"
+DEFAULT_SYSTEM = "h100_cxl_seed_ndp"
 _BUNDLED = "minimoe.safetensors"
 
 TraceLike = str | os.PathLike[str] | RoutingTrace | None

@@ -15,6 +15,8 @@ __all__ = ["QUALITY_BUDGETS", "AtQuality", "Condition", "EvaluationResult", "Row
 
 QUALITY_BUDGETS = (0.01, 0.03, 0.1)  # nats, design.md §7
 ALL_HBM_POLICIES = ("all_hbm", "all_hbm_mixed")
+ALL_FAR4 = "all_far4"
+BASELINES = (ALL_FAR4, *ALL_HBM_POLICIES)
 MODELED = "modeled, not measured"
 PLACEMENT_UNNECESSARY = "placement unnecessary here"
 
@@ -164,11 +166,11 @@ class EvaluationResult:
         return len(self.rows)
 
     def by_condition(self) -> dict[Condition, list[Row]]:
-        """Rows grouped by what makes them comparable, order kept."""
+        """Rows grouped by what makes them comparable: the baselines, then by falling reward."""
         groups: dict[Condition, list[Row]] = {}
         for row in self.rows:
             groups.setdefault(Condition.of(row), []).append(row)
-        return groups
+        return {condition: _ranked(rows) for condition, rows in groups.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of ``ndp-gym evaluate --json``."""
@@ -212,6 +214,17 @@ def at_quality(rows: Sequence[Row], budgets: Sequence[float] = QUALITY_BUDGETS) 
                 )
             )
     return found
+
+
+def _ranked(rows: Sequence[Row]) -> list[Row]:
+    """Baselines in their order, then the highest reward first, rows without one last."""
+
+    def key(row: Row) -> tuple[bool, float]:
+        if row["policy"] in BASELINES:
+            return False, 0.0
+        return True, float("inf") if row["reward"] is None else -row["reward"]
+
+    return sorted(rows, key=key)
 
 
 def pareto_front(rows: Sequence[Row]) -> list[Row]:

@@ -43,7 +43,7 @@ def test_command_line_writes_everything_and_says_where(
     assert all(f"wrote {out / name}" in text for name in names)
     rows = json.loads((out / "evaluation.json").read_text())["rows"]
     assert [(r["policy"], r["batch_size"]) for r in rows][3:5] == [("ema", 1), ("all_far4", 2)]
-    assert "small | minimoe-16b on h100_cxl_pnm | batch 1, window 16" in text
+    assert "small | minimoe-16b on h100_cxl_seed_ndp | batch 1, window 16" in text
 
 
 @pytest.mark.parametrize(

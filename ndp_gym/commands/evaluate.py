@@ -34,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add = parser.add_argument
     add("--trace", metavar="T", help="trace files, comma-separated (default: the bundled one)")
     add("--model", metavar="M", help="model presets (default: the one each trace names)")
-    add("--system", metavar="S", help="system presets (default: an H100 with a CXL-PNM)")
+    add("--system", metavar="S", help="system presets (default: h100_cxl_seed_ndp)")
     add("--policies", metavar="P", default="all",
         help="names, module:attribute, file.py:Mine; options :key=value (default all)")  # fmt: skip
     add("--batch-size", metavar="B", default="8", help="slots, e.g. 1,8 (default: 8)")
@@ -123,7 +123,7 @@ def parse_policies(text: str) -> list[str]:
         if names and "=" in item and ":" not in item:
             names[-1] += f",{item.strip()}"
         elif item.strip() == "all":
-            names += registered_policies() or list(BASELINES)
+            names += [n for n in registered_policies() if n != "all_far"] or list(BASELINES)
         else:
             names.append(item.strip())
     return list(dict.fromkeys(names))
