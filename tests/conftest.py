@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ndp_gym.importers import import_trace
 from ndp_gym.trace import RoutingTrace
 from ndp_gym.trace_metadata import TraceMetadata
 from ndp_gym.trace_requests import Requests, assign_splits
+from ndp_gym.validation.recordings import Recordings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "traces"
 
@@ -86,10 +86,13 @@ def tiny_trace() -> RoutingTrace:
     return make_trace()
 
 
-HDMOE = "angerybob__HD-MoE/expert_trace/mixtral"
+@pytest.fixture(scope="session")
+def recordings(shared_traces: Path) -> Recordings:
+    """The recordings that validation needs, with hit counts computed once."""
+    return Recordings(shared_traces)
 
 
 @pytest.fixture(scope="session")
-def mixtral_trace(shared_traces: Path) -> RoutingTrace:
+def mixtral_trace(recordings: Recordings) -> RoutingTrace:
     """The eight HD-MoE files as one trace: 80 requests of Mixtral-8x7B."""
-    return import_trace([shared_traces / HDMOE]).trace
+    return recordings.mixtral_trace

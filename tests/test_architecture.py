@@ -24,7 +24,7 @@ ROOMS = {
     "env": "schedule memory lane_loops lanes inputs bounds encoding decoders episodes env vector "
     "wrappers sb3 render env_docs",
     "evaluate": "statistics provenance contenders results rows rollout evaluation "
-    "figure report tracking",
+    "figure report tracking validation",
     "cli": "commands cli __main__",
 }
 RANK = {module: rank for rank, names in enumerate(ROOMS.values()) for module in names.split()}
