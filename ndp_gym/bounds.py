@@ -64,7 +64,8 @@ def _layer_bounds(lanes: Lanes) -> dict[str, float]:
         rows = max(n_tokens, table.far_min_tokens)
         each = np.maximum(table.far_weight_s, table.far_token_s * rows).max()
         far_s = max(table.far_floor_s, n_active * float(each))
-    copies_s = n_active * float(table.copy_s.max())
+    fetches = lanes.system.default_service.kind != "in_place"
+    copies_s = n_active * float(table.copy_s.max()) if fetches else 0.0
     stall_s = gpu_s + far_s + link_s + copies_s
     return {
         "gpu_s": _MARGIN * gpu_s,

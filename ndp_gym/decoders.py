@@ -12,6 +12,7 @@ FILL, HBM_WIDTH, FAR_WIDTH, KEEP = range(4)
 """Allocation levels behind the priorities in an action."""
 CODE_BITS = 20
 _STEPS = 2**40  # steps per unit of priority that the ranking tells apart
+_SNAP = 1e-4  # a level this close to a stored width means just that one
 
 
 @njit(cache=True, nogil=True)
@@ -50,7 +51,9 @@ def rank_keys(actions, target, order, keys):  # type: ignore[no-untyped-def]
 def split_width(level, n_widths):  # type: ignore[no-untyped-def]
     """Two neighbouring width indices (wider, narrower) and the share that gets the wider one."""
     position = unit(level) * (n_widths - 1)
-    steps = min(int(position), n_widths - 1)
+    if abs(position - round(position)) < _SNAP:
+        position = float(round(position))
+    steps = int(position)
     narrow = n_widths - 1 - steps
     return max(narrow - 1, 0), narrow, position - steps
 

@@ -65,6 +65,8 @@ class NDPPlacementVectorEnv(VectorEnv[Observations, NDArray[Any], NDArray[Any]])
             ValueError: an argument is out of range, or recording, model and system do not agree.
             OSError: the recording cannot be read.
         """
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be >= 1, got {num_envs}")
         check_render_mode(render_mode)
         self.num_envs, self.render_mode = num_envs, render_mode
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
