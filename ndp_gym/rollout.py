@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from ndp_gym.specs import MoESpec, SystemSpec
 from ndp_gym.trace import RoutingTrace
 from ndp_gym.trace_requests import SPLITS
 
-__all__ = ["Measurement", "Task", "run_policy", "train_profile"]
+__all__ = ["Measurement", "Replayed", "Task", "run_policy", "train_profile"]
 
 FloatArray = NDArray[np.float64]
 TokenProgress = Callable[[int, int], None]
@@ -80,6 +81,29 @@ class Task:
             quality=self.quality,
             quality_weight=self.quality_weight,
         )
+
+
+class Replayed(NamedTuple):
+    """One window of a run, with what is needed to replay it otherwise.
+
+    Attributes:
+        plan: what the policy answered.
+        wanted: [L, E] HBM widths wanted after repair, 0 where the expert stays far.
+        budget_bytes: of HBM.
+        first_row, n_rows, context: [B] rows of the recording, see `ndp_gym.state.Window`.
+        outcome: what it cost.
+    """
+
+    plan: Plan
+    wanted: NDArray[np.uint8]
+    budget_bytes: int
+    first_row: NDArray[np.int64]
+    n_rows: NDArray[np.int64]
+    context: NDArray[np.int64]
+    outcome: Outcome
+
+
+Watch = Callable[[Replayed], None]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -142,9 +166,16 @@ _SUMMED = (
 
 
 def run_policy(
-    policy: Policy, task: Task, *, seed: int, progress: TokenProgress | None = None
+    policy: Policy,
+    task: Task,
+    *,
+    seed: int,
+    progress: TokenProgress | None = None,
+    watch: Watch | None = None,
 ) -> Measurement:
     """Run ``policy`` over the requests of the task's split, in file order, and sum what it cost.
+
+    ``watch`` is shown every window.
 
     Raises:
         ValueError: the policy's plan does not fit model or system, or what the policy itself
@@ -163,7 +194,7 @@ def run_policy(
     result = _empty(len(conversations), len(task.system.stored_bits), lanes.gates)
     n_tokens = int(requests.n_decode[order].sum())
     while not lanes.is_done[0] and result.totals["n_windows"] != task.max_windows:
-        _window(policy, task, lanes, result, column)
+        _window(policy, task, lanes, result, column, watch)
         if progress is not None:
             progress(int(result.totals["tokens"]), n_tokens)
     result.used_rng, result.sees_future = _draws(rng) != untouched, needs_future(policy)
@@ -171,7 +202,12 @@ def run_policy(
 
 
 def _window(
-    policy: Policy, task: Task, lanes: Lanes, result: Measurement, column: NDArray[np.int64]
+    policy: Policy,
+    task: Task,
+    lanes: Lanes,
+    result: Measurement,
+    column: NDArray[np.int64],
+    watch: Watch | None,
 ) -> None:
     """One decision, one window, and what is remembered of it."""
     observation = {name: array[0] for name, array in lanes.observe().items()}
@@ -179,9 +215,15 @@ def _window(
     plan = policy(observation)
     result.decision_s.append(time.perf_counter() - before)
     check_plan(plan, task.model, task.system)
-    result.min_budget_bytes = min(result.min_budget_bytes, int(lanes.budgets()[0]))
+    budget_bytes = int(lanes.budgets()[0])
+    result.min_budget_bytes = min(result.min_budget_bytes, budget_bytes)
+    schedule = lanes.schedule
+    rows = schedule.row[0].copy(), schedule.n_rows()[0], schedule.context[0].copy()
     prefills = np.cumsum(lanes.prefill_s[0])
     outcome = _advance(lanes, plan)
+    if watch is not None:
+        wanted = lanes.simulator.state.target[0].reshape(lanes.shape).copy()
+        watch(Replayed(plan, wanted, budget_bytes, *rows, outcome))
     result.ttft_s += [float(outcome.load_s + waited) for waited in prefills]
     result.step_s.append(outcome.step_s[outcome.step_tokens > 0])
     result.served = result.served + outcome.served_tokens

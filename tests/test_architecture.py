@@ -23,7 +23,7 @@ ROOMS = {
     "reward": "reward",
     "env": "schedule memory lane_loops lanes inputs bounds encoding decoders episodes env vector "
     "wrappers sb3 render env_docs",
-    "evaluate": "statistics provenance contenders results rows rollout evaluation "
+    "evaluate": "statistics provenance contenders results rows rollout explain evaluation "
     "figure report tracking validation",
     "cli": "commands cli __main__",
 }
