@@ -24,7 +24,7 @@ from ndp_gym.specs import MoESpec, Service, SystemSpec
 from ndp_gym.state import State, Window
 
 if TYPE_CHECKING:
-    from ndp_gym.kernel import LaneState, Plans, Prices, Windows
+    from ndp_gym.kernel import Counts, LaneState, Plans, Prices, Windows
 
 _KINDS = ("in_place", "fetch", "balance")
 _CACHES = ("none", "lru", "lfu", "fifo")
@@ -61,6 +61,7 @@ def costs(model: MoESpec, system: SystemSpec, quality: QualityModel) -> Costs:
     prices = Prices(
         table=table,
         rel_mse=errors.reshape(-1, errors.shape[-1]),
+        guarded=bool(model.super_experts),
         requantise_s=seconds,
         ref_place=np.full(model.n_layers * model.n_experts, -1 - table.index_of[ref_bits], np.int8),
         ref_service=reference[0][0],
@@ -87,6 +88,7 @@ class Simulator:
         self.state = _empty_state(n_lanes, model.n_layers * model.n_experts)
         self._no_state = _empty_state(1, model.n_layers * model.n_experts)
         self._services: tuple[Sequence[Service], ServiceArrays] | None = None
+        self._counts: tuple[tuple[int, ...], list[Counts]] = ((), [])
         for lane in range(n_lanes):
             self.reset(lane, system)
 
@@ -137,19 +139,31 @@ class Simulator:
         """Lanes first..last-1, which share their costs, on as many threads as pay."""
         from ndp_gym.kernel import run_lanes
 
-        prices, n_experts = self.costs[first].prices, self.shape[1]
+        prices = self.costs[first].prices
         chunks = max(1, min(_n_threads(), (last - first) // _LANES_PER_THREAD))
 
-        def run(lo: int, hi: int) -> None:
-            run_lanes(
-                lo, hi, windows, plans, n_experts, prices, self.state, self._no_state, *outputs
-            )
+        scratch = self._scratch(chunks, outputs.replay.step_s.shape[1], windows)
+
+        def run(lo: int, hi: int, counts: Counts) -> None:
+            run_lanes(lo, hi, windows, plans, prices, self.state, self._no_state, counts, *outputs)
 
         if chunks == 1:
-            run(first, last)
+            run(first, last, scratch[0])
         else:
             edges = [first + (last - first) * i // chunks for i in range(chunks + 1)]
-            list(_threads().map(run, edges[:-1], edges[1:]))
+            list(_threads().map(run, edges[:-1], edges[1:], scratch))
+
+    def _scratch(self, n: int, n_steps: int, windows: Windows) -> list[Counts]:
+        """Zeroed counts for ``n`` threads; kept, since fresh memory costs page faults."""
+        from ndp_gym.kernel import empty_counts
+
+        key = (n_steps, *self.shape, windows.n_rows.shape[1], windows.expert_ids.shape[2])
+        if self._counts[0] != key:
+            self._counts = key, []
+        kept = self._counts[1]
+        while len(kept) < n:
+            kept.append(empty_counts(*key))
+        return kept[:n]
 
     def _service_arrays(self, services: Sequence[Service]) -> ServiceArrays:
         """`_service_arrays` of the lanes; those of the same object as last time are kept."""
@@ -237,7 +251,7 @@ def window_arrays(
     return Windows(
         ids,
         _read_only(gates),
-        _gate_of_bits(),
+        _half(),
         profile,
         np.ascontiguousarray(first_row, np.int64),
         np.ascontiguousarray(n_rows, np.int64),
@@ -254,8 +268,11 @@ def _read_only(array: NDArray[Any]) -> NDArray[Any]:
 
 
 @cache
-def _gate_of_bits() -> NDArray[np.float32]:
-    table = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+def _half() -> NDArray[np.float64]:
+    """[2, 32] a float16 >= 0 is (offset + fraction) * scale, both by its exponent bits."""
+    exponent = np.arange(32)
+    offset = np.where(exponent > 0, 1024.0, 0.0)
+    table = np.stack([offset, np.exp2(np.maximum(exponent, 1) - 25.0)])
     table.flags.writeable = False
     return table
 

@@ -26,6 +26,7 @@ N_REPAIRED, LOAD_BYTES, CANCELLED = range(3)
 QUEUE_LENGTH, HEAD_BYTES, TICK, FRESH = range(4)
 KIND, CACHE, SCOPE = range(3)
 CREDIT, DEPTH, RECALL, PRECISION = range(4)  # columns of `Service.rates`
+NOW, FREE, SEEN, STARTS = range(4)  # of the clock that prefetching runs, see `_exposed_copy`
 IN_PLACE, FETCH_ALL, BALANCE = range(3)
 GLOBAL_SCOPE = 1
 COPIED = 16  # added to the width index of an expert copied on demand, see `_decide`
@@ -53,7 +54,7 @@ class Windows(NamedTuple):
 
     expert_ids: NDArray[Any]  # [T, L, K] unsigned
     gate_bits: NDArray[np.uint16]  # [T, L, K] float16 gates viewed as integers, or [0, 0, 0]
-    gate_of_bits: NDArray[np.float32]  # [65536] the float16 behind each pattern
+    half: NDArray[np.float64]  # [2, 32] offset and scale of a float16 by its exponent
     gate_profile: NDArray[np.float64]  # [K] used where nothing was recorded
     first_row: NDArray[np.int64]  # [N, B]
     n_rows: NDArray[np.int64]  # [N, B]
@@ -77,6 +78,7 @@ class Prices(NamedTuple):
 
     table: CostTable
     rel_mse: NDArray[np.float64]  # [X, NB]
+    guarded: bool  # whether narrow copies of some experts collapse the model
     requantise_s: NDArray[np.float64]  # [17] by width
     ref_place: NDArray[np.int8]  # [X] `where` of the stateless reference
     ref_service: NDArray[np.int64]  # [3]
@@ -91,7 +93,7 @@ class Replay(NamedTuple):
     step_s: NDArray[np.float64]  # [N, W]
     step_tokens: NDArray[np.int64]  # [N, W]
     served: NDArray[np.int64]  # [N, 2, NB] tokens by (GPU, far) and width
-    low_tokens: NDArray[np.int32]  # [N, X] tokens served at <= 2 bits
+    low_tokens: NDArray[np.int32]  # [N, X] tokens served at <= 2 bits, counted where guarded
     totals: NDArray[np.int64]  # [N, 9]
 
 
@@ -113,10 +115,9 @@ class Counts(NamedTuple):
     n_active: NDArray[np.int32]  # [W, L]
 
 
-@njit(cache=True, nogil=True)
-def empty_counts(n_steps, n_layers, n_experts, n_slots, top_k):  # type: ignore[no-untyped-def]
+def empty_counts(n_steps: int, n_layers: int, n_experts: int, n_slots: int, top_k: int) -> Counts:
     """Zeroed scratch for one window of up to ``n_slots`` tokens per step."""
-    n_active = min(n_experts, n_slots * top_k)
+    n_active = min(n_experts, n_slots * top_k) + 1  # one to spare for `count_window`
     return Counts(
         np.zeros((n_steps, n_layers * n_experts), np.int32),
         np.zeros((n_steps, n_layers * n_experts), np.float64),
@@ -128,9 +129,9 @@ def empty_counts(n_steps, n_layers, n_experts, n_slots, top_k):  # type: ignore[
 @njit(cache=True, nogil=True)
 def count_window(windows, lane, n_experts, counts):  # type: ignore[no-untyped-def]
     """Stage one: tokens and gate energy per (step, expert) of one lane, into zeroed ``counts``."""
-    ids, gates, lut = windows.expert_ids, windows.gate_bits, windows.gate_of_bits
+    ids, gates, half = windows.expert_ids, windows.gate_bits, windows.half
     n_layers, top_k = ids.shape[1], ids.shape[2]
-    recorded = gates.shape[0] > 0
+    recorded, profile = gates.shape[0] > 0, windows.gate_profile
     for step in range(counts.tokens.shape[0]):
         tokens, energy = counts.tokens[step], counts.energy[step]
         active, n_active = counts.active[step], counts.n_active[step]
@@ -142,13 +143,15 @@ def count_window(windows, lane, n_experts, counts):  # type: ignore[no-untyped-d
                 base = layer * n_experts
                 for rank in range(top_k):
                     x = base + np.intp(ids[row, layer, rank])
-                    if tokens[x] == 0:
-                        active[layer, n_active[layer]] = x
-                        n_active[layer] += 1
+                    # no branch on the data: a routing decision is what a processor predicts worst
+                    active[layer, n_active[layer]] = x
+                    n_active[layer] += np.int32(tokens[x] == 0)
                     tokens[x] += 1
-                    gate = windows.gate_profile[rank]
+                    gate = profile[rank]
                     if recorded:
-                        gate = np.float64(lut[gates[row, layer, rank]])
+                        pattern = np.intp(gates[row, layer, rank])
+                        exponent = (pattern >> 10) & 31
+                        gate = (half[0, exponent] + (pattern & 1023)) * half[1, exponent]
                     energy[x] += gate * gate
 
 
@@ -388,11 +391,11 @@ def _far_expert_s(n_tokens, b, table):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _move_busiest(counts, step, layer, where, credit, table, state, holder, place):  # type: ignore[no-untyped-def]
+def _move_busiest(counts, step, layer, where, rates, table, state, holder, place):  # type: ignore[no-untyped-def]
     """Service "balance": copy the busiest experts to the GPU, let the far device compute the rest.
 
-    How many: those that minimise the slower side (MoNDE), or as many as ``credit`` per expert
-    outside HBM has saved up (``credit`` >= 0). Fills ``place`` [E] as `_decide` does.
+    How many: those that minimise the slower side (MoNDE), or as many as a ``credit`` >= 0 per
+    expert outside HBM has saved up. Fills ``place`` [E] as `_decide` does.
     """
     base = layer * place.size
     busiest = np.empty(counts.n_active[step, layer], np.int64)
@@ -410,7 +413,7 @@ def _move_busiest(counts, step, layer, where, credit, table, state, holder, plac
             k -= 1
         busiest[k] = x
         n += 1
-    moved, best_s = 0, max(near_s, far_s)
+    moved, best_s, credit = 0, max(near_s, far_s), rates[CREDIT]
     if credit >= 0.0:
         state.credit[holder] += credit * n
         moved = min(int(state.credit[holder] + 1e-12), n)
@@ -427,7 +430,7 @@ def _move_busiest(counts, step, layer, where, credit, table, state, holder, plac
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _serve(counts, step, layer, place, base, table, rel_mse, served, low, out, totals):  # type: ignore[no-untyped-def]
+def _serve(counts, step, layer, place, base, table, rel_mse, guarded, served, low, out, totals):  # type: ignore[no-untyped-def]
     """Compute one layer's active experts in one step where ``place[x - base]`` says.
 
     Returns:
@@ -439,35 +442,36 @@ def _serve(counts, step, layer, place, base, table, rel_mse, served, low, out, t
     copy_bytes, hbm_bytes, far_bytes = 0, 0, 0
     error, energy = 0.0, 0.0
     for i in range(counts.n_active[step, layer]):
-        x = counts.active[step, layer, i]
+        x = np.uint32(counts.active[step, layer, i])  # unsigned: no test for negative indices
         n_tokens, q = counts.tokens[step, x], counts.energy[step, x]
-        b = int(place[x - base])
-        if b < 0:
-            b = -1 - b
+        where = int(place[x - base])
+        if where < 0:
+            b = np.uint32(-1 - where)
             far_s += _far_expert_s(n_tokens, b, table)
             n_far += 1
             far_bytes += table.weight_bytes[b]
             served[1, b] += n_tokens
         else:
-            if b >= COPIED:
-                b -= COPIED
+            b = np.uint32(where)
+            if where >= COPIED:
+                b = np.uint32(where - COPIED)
                 copy_s += table.copy_s[b]
                 copy_bytes += table.weight_bytes[b]
             else:
                 hits += n_tokens
             gpu_weights_s += table.gpu_weight_s[b]
             gpu_tokens += n_tokens
-            widths |= 1 << b
+            widths |= 1 << int(b)
             hbm_bytes += table.weight_bytes[b]
             served[0, b] += n_tokens
-        if table.bits[b] <= LOW_BITS:
-            low[x] += n_tokens
+        if guarded:
+            low[x] += n_tokens * np.int32(table.bits[b] <= LOW_BITS)
         error += q * rel_mse[x, b]
         energy += q
     gpu_s = max(gpu_weights_s, table.gpu_token_s * gpu_tokens)
-    for b in range(table.bits.size):
-        if widths & (1 << b):
-            gpu_s += table.gpu_launch_s[b]
+    for k in range(table.bits.size):
+        if widths & (1 << k):
+            gpu_s += table.gpu_launch_s[k]
     totals[HBM_BYTES] += hbm_bytes
     totals[FAR_BYTES] += far_bytes
     out[layer, HITS] += hits
@@ -484,10 +488,10 @@ def _far_tokens(windows, lane, step, layer, place, first):  # type: ignore[no-un
     for slot in range(windows.n_rows.shape[1]):
         if step < windows.n_rows[lane, slot]:
             row = windows.first_row[lane, slot] + step
+            is_far = False
             for rank in range(ids.shape[2]):
-                if place[first + np.intp(ids[row, layer, rank])] < 0:
-                    n_tokens += 1
-                    break
+                is_far |= place[first + np.intp(ids[row, layer, rank])] < 0
+            n_tokens += int(is_far)
     return n_tokens
 
 
@@ -585,20 +589,32 @@ def _advance_queue(n_bytes, where, table, state, lane, totals):  # type: ignore[
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _exposed_copy(copy_s, copy_bytes, rates, hidden_s, totals):  # type: ignore[no-untyped-def]
-    """Seconds of copies on demand that prefetching leaves in the open, and the link's -> both.
+def _exposed_copy(copy_s, copy_bytes, rates, own_s, ahead, totals):  # type: ignore[no-untyped-def]
+    """Seconds by which copies on demand prolong a layer of ``own_s``, seconds they use the link.
 
-    A share ``recall`` was predicted ``depth`` layers ahead and hides behind the GPU's time there;
-    the wrong predictions that come with it (``precision``) use the link too.
+    A share ``recall`` was predicted, with wrong ones beside it (``precision``): these start when
+    layer ``depth - 1`` before this one does, or when the link is free (first in, first out). The
+    layer waits for them, then for the copies that nobody predicted. ``ahead`` is the clock.
     """
     totals[FETCH] += copy_bytes
-    if rates[DEPTH] <= 0.0 or copy_bytes == 0:
+    if rates[DEPTH] <= 0.0:
         return copy_s, copy_s
-    predicted_s = rates[RECALL] * copy_s
-    wrong = rates[RECALL] * (1.0 / rates[PRECISION] - 1.0)
-    totals[FETCH] += int(wrong * copy_bytes)
-    exposed_s = max(0.0, predicted_s + wrong * copy_s - rates[DEPTH] * hidden_s)
-    return copy_s - predicted_s + exposed_s, copy_s + wrong * copy_s
+    n_starts = ahead.size - STARTS
+    ahead[STARTS + int(ahead[SEEN]) % n_starts] = ahead[NOW]
+    ahead[SEEN] += 1.0
+    ready_s, late_s, vain_s = ahead[NOW] + own_s, 0.0, 0.0
+    if copy_bytes > 0:
+        wrong = rates[RECALL] * (1.0 / rates[PRECISION] - 1.0)
+        totals[FETCH] += int(wrong * copy_bytes)
+        vain_s = wrong * copy_s
+        start_s = max(ahead[FREE], ahead[STARTS + int(ahead[SEEN]) % n_starts])
+        ahead[FREE] = start_s + rates[RECALL] * copy_s + vain_s
+        late_s = max(0.0, ahead[FREE] - ready_s)
+    exposed_s = late_s + (1.0 - rates[RECALL]) * copy_s
+    ahead[NOW] = ready_s + exposed_s
+    if rates[RECALL] < 1.0 and copy_bytes > 0:
+        ahead[FREE] = ahead[NOW]
+    return exposed_s, copy_s + vain_s
 
 
 @njit(cache=True, nogil=True)
@@ -614,12 +630,13 @@ def replay_window(  # type: ignore[no-untyped-def]
     # arrays are taken out of their tuples once: each access in a loop would cost an atomic count
     table, rel_mse = prices.table, prices.rel_mse
     n_layers, top_k = windows.expert_ids.shape[1], windows.expert_ids.shape[2]
-    kind, ranked = service[KIND], rank_bits[0] > 0
+    kind, ranked, guarded = service[KIND], rank_bits[0] > 0, prices.guarded
     cache, layer_out, totals = state.cache[holder], out.layer[lane], out.totals[lane]
     served, low, step_s = out.served[lane], out.low_tokens[lane], out.step_s[lane]
     step_tokens, scalars = out.step_tokens[lane], state.scalars[holder]
     n_experts = where.size // n_layers
     place = where if kind == IN_PLACE else np.zeros(n_experts, np.int8)
+    ahead = np.zeros(STARTS + max(1, int(rates[DEPTH])))
     for step in range(counts.tokens.shape[0]):
         n_tokens, context, sliding = _context(windows, lane, step, table.sliding_window)
         if n_tokens == 0:
@@ -628,21 +645,31 @@ def replay_window(  # type: ignore[no-untyped-def]
         dense_seen = table.n_dense_full * context + table.n_dense_sliding * sliding
         total_s = n_dense * table.dense_layer_s + table.kv_token_s * dense_seen
         spare_s = total_s
+        if rates[DEPTH] < n_layers:  # only who looks a whole step ahead knows the next token's
+            ahead[:] = 0.0
+        ahead[NOW] += total_s
         for layer in range(n_layers):
-            first = base = 0
-            if kind == IN_PLACE:
-                first = layer * n_experts
-            else:
-                base = layer * n_experts
+            base = layer * n_experts
+            first, base = (base, 0) if kind == IN_PLACE else (0, base)
             if kind == FETCH_ALL:
                 if ranked:
                     _widths_by_rank(windows, lane, step, layer, rank_bits, table, place)
                 _decide(counts, step, layer, where, cache, ranked, table, place)
             elif kind == BALANCE:
-                credit = rates[CREDIT]
-                _move_busiest(counts, step, layer, where, credit, table, state, holder, place)
+                _move_busiest(counts, step, layer, where, rates, table, state, holder, place)
             gpu_s, far_s, copy_s, copy_bytes, n_far = _serve(
-                counts, step, layer, place, base, table, rel_mse, served, low, layer_out, totals
+                counts,
+                step,
+                layer,
+                place,
+                base,
+                table,
+                rel_mse,
+                guarded,
+                served,
+                low,
+                layer_out,
+                totals,
             )
             link_s = 0.0
             if n_far > 0:
@@ -655,14 +682,14 @@ def replay_window(  # type: ignore[no-untyped-def]
             seen = sliding if table.layer_slides[layer] else context
             attention_s = table.layer_s[layer] + table.kv_token_s * seen
             layer_out[layer, FAR_S] += max(0.0, far_s - link_s)
-            copy_s, copying_s = _exposed_copy(
-                copy_s, copy_bytes, rates, attention_s + gpu_s, totals
+            exposed_s, copying_s = _exposed_copy(
+                copy_s, copy_bytes, rates, attention_s + gpu_s, ahead, totals
             )
-            near_s, link_s = gpu_s + copy_s, link_s + copying_s
+            near_s, link_s = gpu_s + exposed_s, link_s + copying_s
             experts_s = table.overlap * max(near_s, far_s)
             experts_s += (1.0 - table.overlap) * (near_s + far_s)
             total_s += attention_s + experts_s
-            spare_s += max(0.0, attention_s + experts_s - link_s)
+            spare_s += attention_s + experts_s - link_s
             layer_out[layer, LAYER_S] += attention_s + experts_s
             layer_out[layer, GPU_S] += gpu_s
             layer_out[layer, LINK_S] += link_s
@@ -675,10 +702,11 @@ def replay_window(  # type: ignore[no-untyped-def]
         if kind == FETCH_ALL:
             _drop_completed(where, table, state, holder)
         if scalars[QUEUE_LENGTH] > 0:
-            n_bytes = int(spare_s * table.link_bytes_per_s)
+            n_bytes = int(max(0.0, spare_s) * table.link_bytes_per_s)
             _advance_queue(n_bytes, where, table, state, holder, totals)
-        engine_s = table.engine_base_s + table.engine_token_s * n_tokens
-        step_s[step] = total_s + table.head_s + engine_s
+        rest_s = table.head_s + table.engine_base_s + table.engine_token_s * n_tokens
+        ahead[NOW] += rest_s
+        step_s[step] = total_s + rest_s
         step_tokens[step] = n_tokens
         totals[CONTEXT] += context
         totals[SLIDING] += sliding
@@ -699,16 +727,15 @@ def _locate(state, lane, service, table, where):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def run_lanes(first, last, windows, plans, n_experts, prices, state, no_state, planned, out, ref):  # type: ignore[no-untyped-def]
+def run_lanes(first, last, windows, plans, prices, state, no_state, counts, planned, out, ref):  # type: ignore[no-untyped-def]
     """One window of lanes ``first..last-1``: plan, counts, replay and reference, in place.
 
-    ``no_state`` is one lane of empty state, which the stateless reference reads and leaves alone.
+    ``no_state`` is one lane of empty state, which the stateless reference reads and leaves alone;
+    ``counts`` is zeroed scratch, and zeroed again afterwards.
     """
-    n_layers, top_k = windows.expert_ids.shape[1], windows.expert_ids.shape[2]
-    n_slots, n_steps = windows.n_rows.shape[1], out.step_s.shape[1]
-    counts = empty_counts(n_steps, n_layers, n_experts, n_slots, top_k)
-    where = np.empty(n_layers * n_experts, np.int8)
-    empty = np.int64(0)
+    n_layers = windows.expert_ids.shape[1]
+    where = np.empty(counts.tokens.shape[1], np.int8)
+    n_experts, empty = where.size // n_layers, np.int64(0)
     for lane in range(first, last):
         service = plans.services[lane]
         room = apply_plan(plans, lane, prices, n_layers, state, planned)
