@@ -7,9 +7,12 @@ lane is made.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 _KINDS = ("in_place", "fetch", "balance")
 _CACHES = ("none", "lru", "lfu", "fifo")
 _SCOPES = ("layer", "global")
+_PATIENCE_S = 1.5  # loading a compiled kernel takes less
 _LANES_PER_THREAD = 4  # fewer are not worth a second thread
 
 
@@ -147,6 +151,9 @@ class Simulator:
         def run(lo: int, hi: int, counts: Counts) -> None:
             run_lanes(lo, hi, windows, plans, prices, self.state, self._no_state, counts, *outputs)
 
+        if not run_lanes.signatures:  # nothing compiled or loaded yet in this process
+            with _said_if_slow():
+                run(first, first, scratch[0])
         if chunks == 1:
             run(first, last, scratch[0])
         else:
@@ -275,6 +282,19 @@ def _half() -> NDArray[np.float64]:
     table = np.stack([offset, np.exp2(np.maximum(exponent, 1) - 25.0)])
     table.flags.writeable = False
     return table
+
+
+@contextmanager
+def _said_if_slow() -> Iterator[None]:
+    """Tell the user what takes so long when the kernel has to be compiled."""
+    text = "compiling the simulator, once on this machine: about 20 seconds"
+    timer = threading.Timer(_PATIENCE_S, logging.getLogger("ndp_gym").warning, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @cache
