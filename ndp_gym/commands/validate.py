@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
     recordings = Recordings(args.recordings)
-    with console.status("computing all rows, about half a minute"):
+    with console.status("computing all rows, ten seconds or so"):
         found = validate(recordings)
     _print_rows(console, found)
     _print_summary(console, found, recordings)
@@ -69,8 +69,8 @@ def _print_rows(console: Console, found: Validation) -> None:
 
     for group, rows in by_group(found.rows).items():
         table = Table(title=group, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("target", overflow="fold")
-        table.add_column("source", overflow="fold")
+        table.add_column("target", overflow="fold", min_width=36)
+        table.add_column("source", overflow="ellipsis", no_wrap=True)
         for head in ("published", "ours", "ratio"):
             table.add_column(head, justify="right", no_wrap=True)
         for head in ("kind", "tolerance", "ok"):
