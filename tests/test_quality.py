@@ -16,30 +16,15 @@ from ndp_gym.quality import (
     perplexity,
     rel_mse_table,
 )
+from ndp_gym.validation import quality as published
 
 MIXTRAL = presets.model("mixtral-8x7b")
 SEED = presets.system("seed_sim")
 EPS = presets.fmt("mse_g128").rel_mse
 
 
-def loss_of_masses(masses: tuple[float, float, float], kappa: float) -> float:
-    """Loss where the given shares of every layer's gate energy are served at 1, 2 and 3 bit."""
-    error = sum(m * EPS[bits] for m, bits in zip(masses, (1, 2, 3), strict=True))
-    layers = np.full(MIXTRAL.n_layers, error)
-    return float(delta_nll(MIXTRAL, layers, np.ones(MIXTRAL.n_layers), 0.0, QualityModel(kappa)))
-
-
-def test_relative_error_gives_the_published_perplexity_of_deepseek_moe():
-    """quantization.md 1b, P1: mean relative error t of RTN at 8 to 3 bit and its perplexity."""
-    relative = (0.0090, 0.0356, 0.0713, 0.1426, 0.3801)
-    published = (6.51, 6.539, 6.629, 7.151, 10.65)
-    model = dataclasses.replace(MIXTRAL, super_experts=(), layer_weights=(1.0,) * 32)
-    for t, ppl in zip(relative, published, strict=True):
-        loss = delta_nll(model, np.full(32, t * t), np.ones(32), 0.0, QualityModel(3.44))
-        assert float(perplexity(6.50, loss)) == pytest.approx(ppl, abs=0.2)
-
-
-# quantization.md 3b: energy shares at 1/2/3 bit of PMQ 2.54/2.05/1.57 and GEMQ 2.5/1.5 bit.
+# quantization.md 3b: energy shares at 1/2/3 bit of PMQ 2.54/2.05/1.57 and GEMQ 2.5/1.5 bit, flat
+# layer weights; those of the default weights are published.MIXED.
 FLAT = [
     (0.099, 0.248, 0.653),
     (0.338, 0.264, 0.398),
@@ -47,28 +32,23 @@ FLAT = [
     (0.178, 0.124, 0.698),
     (0.654, 0.177, 0.169),
 ]
-U_SHAPED = [
-    (0.096, 0.256, 0.648),
-    (0.334, 0.274, 0.392),
-    (0.600, 0.259, 0.141),
-    (0.150, 0.129, 0.721),
-    (0.593, 0.214, 0.193),
-]
 PUBLISHED = (5.09, 5.91, 8.50, 5.03, 7.93)
 
 
 @pytest.mark.parametrize(
     ("masses", "kappa", "predicted", "tolerance"),
     [
-        (U_SHAPED, 3.0, (4.96, 6.30, 8.15, 5.07, 8.01), 0.40),
+        (published.MIXED.values(), 3.0, (4.96, 6.30, 8.15, 5.07, 8.01), 0.40),
         (FLAT, 2.91, (4.93, 6.21, 7.94, 5.16, 8.21), 0.565),
     ],
 )
 def test_mixed_precision_mixtral_perplexities(masses, kappa, predicted, tolerance):
-    for mass, ours, published in zip(masses, predicted, PUBLISHED, strict=True):
-        ppl = float(perplexity(3.84, loss_of_masses(mass, kappa)))
+    fmt = presets.fmt("mse_g128")
+    for mass, ours, measured in zip(masses, predicted, PUBLISHED, strict=True):
+        loss = published.loss_of_error(published.Masses(*mass).error(fmt), kappa)
+        ppl = float(perplexity(3.84, loss))
         assert ppl == pytest.approx(ours, abs=0.03)  # shares are printed to three digits
-        assert ppl == pytest.approx(published, abs=tolerance)
+        assert ppl == pytest.approx(measured, abs=tolerance)
 
 
 def test_layer_weights_are_u_shaped_unless_given():
