@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ndp_gym.validation.summary import Validation
 
 PLAIN_WIDTH = 180
+SOURCE_FROM_WIDTH = 130
+"""Terminal columns from which on the sources are shown."""
 EXIT_UNEXPECTED_FAILURE = 1
 
 
@@ -67,17 +69,20 @@ def _print_rows(console: Console, found: Validation) -> None:
 
     from ndp_gym.validation.results import by_group
 
+    with_source = console.width >= SOURCE_FROM_WIDTH
     for group, rows in by_group(found.rows).items():
         table = Table(title=group, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("target", overflow="fold", min_width=36)
-        table.add_column("source", overflow="ellipsis", no_wrap=True)
+        table.add_column("target", overflow="fold")
+        if with_source:
+            table.add_column("source", overflow="fold")
         for head in ("published", "ours", "ratio"):
             table.add_column(head, justify="right", no_wrap=True)
         for head in ("kind", "tolerance", "ok"):
             table.add_column(head, no_wrap=True)
         for row in rows:
             style = {True: None, False: "red", None: "dim"}[row.ok]
-            table.add_row(*_cells(row), style=style)
+            target, source, *others = _cells(row)
+            table.add_row(target, *([source] if with_source else []), *others, style=style)
         console.print(table)
 
 
