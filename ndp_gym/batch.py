@@ -27,7 +27,7 @@ from ndp_gym.specs import MoESpec, Service, SystemSpec
 from ndp_gym.state import State, Window
 
 if TYPE_CHECKING:
-    from ndp_gym.kernel import Counts, LaneState, Plans, Prices, Windows
+    from ndp_gym.kernel_data import Counts, LaneState, Plans, Prices, Windows
 
 _KINDS = ("in_place", "fetch", "balance")
 _CACHES = ("none", "lru", "lfu", "fifo")
@@ -52,7 +52,7 @@ class Costs(NamedTuple):
 @lru_cache(maxsize=256)
 def costs(model: MoESpec, system: SystemSpec, quality: QualityModel) -> Costs:
     """Cost tables of ``model`` on ``system`` and the stateless reference (all far, 4 bit)."""
-    from ndp_gym.kernel import Prices
+    from ndp_gym.kernel_data import Prices
 
     table = cost_table(model, system)
     seconds = np.zeros(17)
@@ -122,10 +122,10 @@ class Simulator:
 
         Plans are trusted: `ndp_gym.plan.check_plan` names what is wrong with one.
         """
-        from ndp_gym import kernel
+        from ndp_gym.kernel_data import Plans
 
         flat = (self.n_lanes, -1)
-        plans = kernel.Plans(
+        plans = Plans(
             np.ascontiguousarray(tier, np.uint8).reshape(flat),
             np.ascontiguousarray(bits, np.uint8).reshape(flat),
             np.ascontiguousarray(order, np.float64).reshape(flat),
@@ -151,7 +151,8 @@ class Simulator:
         def run(lo: int, hi: int, counts: Counts) -> None:
             run_lanes(lo, hi, windows, plans, prices, self.state, self._no_state, counts, *outputs)
 
-        if not run_lanes.signatures:  # nothing compiled or loaded yet in this process
+        # nothing compiled or loaded yet in this process (a wrapper that measures has no signatures)
+        if not getattr(run_lanes, "signatures", True):
             with _said_if_slow():
                 run(first, first, scratch[0])
         if chunks == 1:
@@ -243,7 +244,7 @@ def window_arrays(
     context: NDArray[np.int64],
 ) -> Windows:
     """The kernel's view of a recording [T, L, K] and of each lane's slots [N, B]."""
-    from ndp_gym.kernel import Windows
+    from ndp_gym.kernel_data import Windows
 
     if gate_weights is not None and gate_weights.dtype != np.float16:
         raise ValueError(f"gate_weights must be float16, got {gate_weights.dtype}")
@@ -338,7 +339,7 @@ def _service_arrays(services: tuple[Service, ...], top_k: int) -> ServiceArrays:
 
 
 def _empty_state(n_lanes: int, n: int) -> LaneState:
-    from ndp_gym.kernel import LaneState
+    from ndp_gym.kernel_data import LaneState
 
     u8, i64 = np.uint8, np.int64
     return LaneState(
@@ -356,7 +357,7 @@ def _empty_state(n_lanes: int, n: int) -> LaneState:
 
 
 def _empty_outputs(n_lanes: int, shape: tuple[int, int], length: int, n_widths: int) -> Outputs:
-    from ndp_gym.kernel import Planned, Replay
+    from ndp_gym.kernel_data import Planned, Replay
 
     n = shape[0] * shape[1]
     f8, i64, i32 = np.float64, np.int64, np.int32

@@ -7,6 +7,7 @@ It reads the lanes' present state, never their recording.
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -73,6 +74,7 @@ class Scores:
         """Sized for the lanes' model."""
         table = lanes.simulator.costs[0].prices.table
         self._widths = table.bits, table.weight_bytes, table.index_of
+        self._decoders = import_module("ndp_gym.decoders")  # numba comes with it
         self._n_experts = lanes.shape[0] * lanes.shape[1]
         self.space = spaces.Box(-1.0, 1.0, (self._n_experts + len(LEVELS),), np.float32)
 
@@ -81,17 +83,17 @@ class Scores:
 
     def decode(self, actions: NDArray[Any], lanes: Lanes) -> Decoded:
         """The feasible plans; see the class."""
-        from ndp_gym.decoders import allocate, rank_keys
-
         shape = (lanes.n_lanes, self._n_experts)
         actions = _shaped(actions, (lanes.n_lanes, *self.space.shape), np.float32)
         state = lanes.simulator.state
         order, keys = np.empty(shape), np.empty(shape, np.int64)
-        if not rank_keys(actions, state.target, order, keys):
+        if not self._decoders.rank_keys(actions, state.target, order, keys):
             raise ValueError("scores must be finite, got nan or inf")
         keys.sort(axis=1)
         tier, bits = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
-        allocate(actions, keys, state.hbm, lanes.budgets(), *self._widths, tier, bits)
+        self._decoders.allocate(
+            actions, keys, state.hbm, lanes.budgets(), *self._widths, tier, bits
+        )
         experts = (lanes.n_lanes, *lanes.shape)
         return Decoded(tier.reshape(experts), bits.reshape(experts), order.reshape(experts))
 

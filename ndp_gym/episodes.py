@@ -141,7 +141,7 @@ class Episodes:
         if idle is not None:
             for lane in np.flatnonzero(idle):
                 lanes.clear(int(lane))
-        waited_s, admitted = lanes.waited_s.copy(), lanes.admitted.copy()
+        admissions = _admissions(lanes)
         tier, bits, order = self.encoding.decode(actions, lanes)
         outcome = lanes.advance(tier, bits, order)
         self.n_windows += 1
@@ -152,7 +152,7 @@ class Episodes:
             with np.errstate(divide="ignore", invalid="ignore"):
                 terms = reward_terms(outcome)
                 rewards = np.where(idle, 0.0, reward(terms, lanes.quality_weight))
-        infos = _infos(outcome, terms, waited_s, admitted)
+        infos = _infos(outcome, terms, admissions)
         return Stepped(rewards, lanes.is_done | (self.n_windows >= self.max_windows), infos)
 
     def _given_requests(self, options: Mapping[str, Any] | None) -> NDArray[np.int64] | None:
@@ -179,24 +179,35 @@ class Episodes:
         return given.astype(np.int64)
 
 
-def _infos(
-    outcome: Outcome,
-    terms: dict[str, NDArray[np.float64]],
-    waited_s: NDArray[np.float64],
-    admitted: NDArray[np.bool_],
-) -> Infos:
+def _admissions(lanes: Lanes) -> Infos:
+    """Requests admitted since the last window and their prefills, before the first load."""
+    if not lanes.has_admitted:
+        slots = lanes.admitted.shape
+        return {
+            "admitted": np.zeros(slots, np.bool_),
+            "prefill_s": np.zeros(slots[0]),
+            "ttft_s": np.zeros(slots),
+        }
+    waited_s = lanes.waited_s.copy()
+    return {
+        "admitted": lanes.admitted.copy(),
+        "prefill_s": waited_s.max(axis=1),
+        "ttft_s": waited_s,
+    }
+
+
+def _infos(outcome: Outcome, terms: dict[str, NDArray[np.float64]], admissions: Infos) -> Infos:
     """Everything info says about the window, one row per lane."""
-    vector = np.empty((len(waited_s), len(terms)))
-    infos: Infos = {"reward_vector": vector, "admitted": admitted}
+    infos = admissions
+    vector = np.empty((len(outcome.tokens), len(terms)))
     for column, (name, term) in enumerate(terms.items()):
         vector[:, column] = term
         infos[f"reward_{name}"] = term
+    infos["reward_vector"] = vector
     for name, field in _OUTCOMES.items():
         infos[name] = getattr(outcome, field)
     infos["hit_rate"] = outcome.hits / np.maximum(outcome.routed, 1)
-    infos["prefill_s"] = waited_s.max(axis=1)
-    is_first = outcome.load_s.any()
-    infos["ttft_s"] = waited_s + outcome.load_s[:, None] * admitted if is_first else waited_s
+    infos["ttft_s"] += outcome.load_s[:, None] * infos["admitted"]
     return infos
 
 

@@ -80,11 +80,13 @@ def observe(loads, copies, bytes_of, left, tokens, n_admitted, generated, planes
 
 
 @njit(cache=True, nogil=True)
-def advance_slots(window, request, row, left, context, generated, ended):  # type: ignore[no-untyped-def]
+def advance_slots(window, request, row, left, context, n_live, generated):  # type: ignore[no-untyped-def]
     """Move the live requests [N, B] one window on; free the slots of those that end in it.
 
-    ``ended`` [N] marks the lanes with such a slot.
+    Returns:
+        How many ended.
     """
+    n_ended = 0
     for n in range(request.shape[0]):
         for slot in range(request.shape[1]):
             n_rows = min(left[n, slot], window)
@@ -95,4 +97,6 @@ def advance_slots(window, request, row, left, context, generated, ended):  # typ
             if left[n, slot] == 0 and request[n, slot] >= 0:
                 request[n, slot] = -1
                 context[n, slot] = 0
-                ended[n] = True
+                n_live[n] -= 1
+                n_ended += 1
+    return n_ended

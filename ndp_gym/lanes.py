@@ -9,6 +9,7 @@ observation holds facts of the past and the *nominal* system only; the *actual* 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +31,7 @@ __all__ = ["CONTEXT_NAMES", "Lanes", "Observations", "check_agreement", "toward_
 _VARIABLE = CONTEXT_NAMES.index("n_live")  # from this entry on they change with the window
 
 if TYPE_CHECKING:
-    from ndp_gym.kernel import Windows
+    from ndp_gym.kernel_data import Windows
 
 Observations = dict[str, NDArray[np.float32]]
 
@@ -54,6 +55,7 @@ class Lanes:
     Attributes:
         admitted: [N, B] slots whose request was admitted since the last window.
         waited_s: [N, B] seconds of prefills up to and including that request's own, 0 elsewhere.
+        has_admitted: whether any lane has such a slot.
         outcome: the last window's, with a lane axis; ``None`` before the first.
         last_slots: request index and rows of every slot in the last window, [N, B] each.
         gates: how gate weights were obtained: "recorded", "rank profile of ..." or "uniform".
@@ -99,14 +101,17 @@ class Lanes:
         self._default_budget = hbm_budget
         self._budgets = np.zeros(n_lanes, np.int64)
         self._is_auto = np.zeros(n_lanes, np.bool_)
+        self._has_auto = False
         self.actual = [system] * n_lanes
         self.admitted = np.zeros((n_lanes, batch_size), np.bool_)
         self.waited_s = np.zeros((n_lanes, batch_size))
+        self.has_admitted = False
         self.outcome: Outcome | None = None
         self.last_slots = self.schedule.request.copy(), np.zeros((n_lanes, batch_size), np.int64)
         self._memory = Memory(n_lanes, batch_size, self.shape)
         self._prompts = PromptCounts(trace, profile)
-        self._prefill_tables: dict[tuple[SystemSpec, int], NDArray[np.float64]] = {}
+        self._prefill_tables: dict[SystemSpec, dict[int, NDArray[np.float64]]] = {system: {}}
+        self._loops = import_module("ndp_gym.lane_loops")  # numba comes with it
         self._services = (system.default_service,) * n_lanes
         self._recording = window_arrays(
             trace.expert_ids, trace.gate_weights, profile, *np.zeros((3, 1, 1), np.int64)
@@ -134,6 +139,7 @@ class Lanes:
         self._admit(lane, self.schedule.reset(lane, order))
         fixed = fixed_budget_bytes(hbm_budget or self._default_budget, self.model)
         self._is_auto[lane] = fixed is None
+        self._has_auto = bool(self._is_auto.any())
         self._budgets[lane] = fixed or 0
         self._settle_budgets()
 
@@ -196,19 +202,18 @@ class Lanes:
 
     def observe(self) -> Observations:
         """What policies see now, each array with a leading lane axis; fresh arrays every time."""
-        from ndp_gym.lane_loops import PLANES, observe
-
+        loops = self._loops
         state, memory, schedule = self.simulator.state, self._memory, self.schedule
-        planes = np.empty((len(PLANES), self.n_lanes, *self.shape), np.float32)
+        planes = np.empty((len(loops.PLANES), self.n_lanes, *self.shape), np.float32)
         context = self._facts.copy()
-        observe(
+        loops.observe(
             memory.loads, (state.hbm, state.far, state.target, state.scalars), self._bytes_of,
             schedule.left, schedule.context, memory.n_admitted, schedule.generated, planes,
             context[:, _VARIABLE:],
         )  # fmt: skip
         return {
             "prefill_load": memory.prefill_load.copy(),
-            **dict(zip(PLANES, planes, strict=True)),
+            **dict(zip(loops.PLANES, planes, strict=True)),
             "layer": memory.layer.copy(),
             "context": context,
         }
@@ -231,40 +236,44 @@ class Lanes:
     def _next_slots(self) -> None:
         """Retire requests, admit others, and learn from the prompts of those."""
         ended = self.schedule.advance()
-        self._forget_waits(slice(None))
-        if ended.any():
-            for lane in np.flatnonzero(ended).tolist():
-                self._admit(lane, self.schedule.admit(lane))
-        if self._is_auto.any():
+        if self.has_admitted:
+            self._forget_waits(slice(None))
+            self.has_admitted = False
+        for lane in ended:
+            self._admit(lane, self.schedule.admit(lane))
+        if self._has_auto:
             self._settle_budgets()
 
     def _admit(self, lane: int, slots: list[int]) -> None:
         """Prefill the requests just admitted to ``slots``: what policies learn, and its seconds."""
-        memory, system = self._memory, self.actual[lane]
-        requests = self.schedule.request[lane]
+        memory, requests = self._memory, self.schedule.request[lane]
         if slots:
             hbm = self.simulator.state.hbm[lane].reshape(self.shape)
             resident = np.count_nonzero(hbm, axis=1)
+            tables = self._prefill_tables.setdefault(self.actual[lane], {})
         waited_s = 0.0
         for slot in slots:
             index = int(requests[slot])
             memory.admit(lane, slot, *self._prompts(index))
-            table_s = self._prefill_table_s(system, int(self.trace.requests.n_prompt[index]))
+            table_s = self._prefill_table_s(tables, lane, index)
             waited_s += float(table_s[resident].sum())
             self.waited_s[lane, slot] = waited_s
         self.admitted[lane, slots] = True
+        self.has_admitted = self.has_admitted or bool(slots)
         memory.settle(lane, requests != IDLE)
 
     def _forget_waits(self, lanes: int | slice) -> None:
         self.admitted[lanes] = False
         self.waited_s[lanes] = 0.0
 
-    def _prefill_table_s(self, system: SystemSpec, n_prompt: int) -> NDArray[np.float64]:
-        """Seconds per layer by number of resident experts; kept per system and prompt length."""
-        key = system, n_prompt
-        if key not in self._prefill_tables:
-            self._prefill_tables[key] = prefill_table_s(self.model, system, n_prompt)
-        return self._prefill_tables[key]
+    def _prefill_table_s(
+        self, tables: dict[int, NDArray[np.float64]], lane: int, index: int
+    ) -> NDArray[np.float64]:
+        """Seconds per layer by number of resident experts, kept in ``tables`` by prompt length."""
+        n_prompt = int(self.trace.requests.n_prompt[index])
+        if n_prompt not in tables:
+            tables[n_prompt] = prefill_table_s(self.model, self.actual[lane], n_prompt)
+        return tables[n_prompt]
 
     def _nominal_facts(self) -> NDArray[np.float32]:
         gpu, far, link = self.system.gpu, self.system.far, self.system.link
@@ -284,7 +293,7 @@ class Lanes:
 
     def _settle_budgets(self) -> None:
         """Automatic budgets for the contexts of now, and what the observation says of them all."""
-        if self._is_auto.any():
+        if self._has_auto:
             contexts = self.schedule.context
             auto = auto_budgets_bytes(self.model, self.system, contexts, self.window)
             self._budgets[self._is_auto] = auto[self._is_auto]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from importlib import import_module
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,7 @@ class Memory:
         self.has_history = np.zeros(n_lanes, np.bool_)
         self.n_admitted = np.zeros(n_lanes, np.int64)
         self._weight = np.ones(n_lanes)
+        self._loops = import_module("ndp_gym.lane_loops")  # numba comes with it
 
     def forget(self, lane: int) -> None:
         """Start one lane's episode afresh."""
@@ -58,11 +60,9 @@ class Memory:
 
     def remember(self, outcome: Outcome) -> None:
         """Fold the last window into the averages; the first one replaces them."""
-        from ndp_gym.lane_loops import remember
-
         o = outcome
         seconds = o.gpu_s, o.far_s, o.link_s, o.stall_s
-        remember(
+        self._loops.remember(
             self._weight, o.step_tokens, o.counts, o.gate_energy, seconds, o.layer_hits,
             o.layer_routed, self.loads, self.layer,
         )  # fmt: skip

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,7 +24,7 @@ from ndp_gym.quality import QualityModel, layer_weights, nats_of
 from ndp_gym.specs import MoESpec, SystemSpec
 
 if TYPE_CHECKING:
-    from ndp_gym.kernel import Planned, Replay
+    from ndp_gym.kernel_data import Planned, Replay
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -101,6 +104,12 @@ class Outcome:
         return Outcome(**{f.name: getattr(self, f.name)[lane] for f in fields(self)})
 
 
+@cache
+def _compiled() -> tuple[ModuleType, ModuleType]:
+    """The modules that bring numba: `ndp_gym.kernel` and `ndp_gym.outcome_loops`."""
+    return import_module("ndp_gym.kernel"), import_module("ndp_gym.outcome_loops")
+
+
 class Outputs(NamedTuple):
     """The kernel's raw results of one call; fields are named in `ndp_gym.kernel`."""
 
@@ -156,9 +165,7 @@ def outcome_of(
     outputs: Outputs, model: MoESpec, summaries: Sequence[Summary], quality: QualityModel
 ) -> Outcome:
     """Name the kernel's columns and add quality and energy; ``summaries`` has one per lane."""
-    from ndp_gym import kernel as k
-    from ndp_gym import outcome_loops as s
-
+    k, s = _compiled()
     planned, replay, reference = outputs
     n_lanes = replay.totals.shape[0]
     experts = (n_lanes, model.n_layers, model.n_experts)

@@ -5,6 +5,7 @@ It knows the request table and the clock in windows, neither experts nor seconds
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ class Schedule:
         row: [N, B] row of the trace that the slot replays next.
         left: [N, B] rows the request still has, 0 where idle.
         context: [N, B] tokens in the live request's context, 0 where idle.
+        n_live: [N] slots that hold a request.
         generated: [N] tokens decoded since `reset`.
     """
 
@@ -50,7 +52,9 @@ class Schedule:
         self.row = np.zeros(slots, np.int64)
         self.left = np.zeros(slots, np.int64)
         self.context = np.zeros(slots, np.int64)
+        self.n_live = np.zeros(n_lanes, np.int64)
         self.generated = np.zeros(n_lanes, np.int64)
+        self._loops = import_module("ndp_gym.lane_loops")  # numba comes with it
         self._waiting: list[IntArray] = [np.empty(0, np.int64)] * n_lanes
         self._n_waiting = np.zeros(n_lanes, np.int64)
 
@@ -67,6 +71,7 @@ class Schedule:
         self.request[lane] = IDLE
         self.left[lane] = 0
         self.context[lane] = 0
+        self.n_live[lane] = 0
         self._n_waiting[lane] = 0
 
     def admit(self, lane: int) -> list[int]:
@@ -86,6 +91,7 @@ class Schedule:
         self.row[lane, chosen] = requests.start[index] + n_prompt
         self.left[lane, chosen] = requests.length[index] - n_prompt
         self.context[lane, chosen] = requests.context_offset[index] + n_prompt
+        self.n_live[lane] += index.size
         self._n_waiting[lane] -= index.size
         admitted: list[int] = chosen.tolist()
         return admitted
@@ -94,15 +100,19 @@ class Schedule:
         """[N, B] rows of each slot in the coming window; 0 where idle."""
         return np.minimum(self.left, self.window)
 
-    def advance(self) -> NDArray[np.bool_]:
-        """Move every live request one window on and free slots that ended -> [N] lanes with any."""
-        from ndp_gym.lane_loops import advance_slots
-
-        ended = np.zeros(self.request.shape[0], np.bool_)
-        advance_slots(
-            self.window, self.request, self.row, self.left, self.context, self.generated, ended
+    def advance(self) -> list[int]:
+        """Move every live request one window on and free slots that ended -> lanes with any."""
+        n_live = self.n_live.copy()
+        n_ended = self._loops.advance_slots(
+            self.window,
+            self.request,
+            self.row,
+            self.left,
+            self.context,
+            self.n_live,
+            self.generated,
         )
-        return ended
+        return np.flatnonzero(n_live != self.n_live).tolist() if n_ended else []
 
     def live(self) -> NDArray[np.bool_]:
         """[N, B] slots that hold a request."""
@@ -111,4 +121,5 @@ class Schedule:
 
     def is_done(self) -> NDArray[np.bool_]:
         """[N] lanes with nothing live; their queue is empty too, as admission comes first."""
-        return np.logical_not(self.live().any(axis=1))
+        done: NDArray[np.bool_] = self.n_live == 0
+        return done
