@@ -6,16 +6,14 @@ prices the stateless reference, planners and bounds. Experts are addressed by co
 ``x = layer * n_experts + expert``. Nothing here knows Gymnasium; the pure-Python twin in
 ``tests/twin.py`` follows the same rules (docs/model.md) and must agree.
 
-All of it stands in one file, since numba's cache on disk only sees changes of a function's own.
+All compiled functions stand in this one file: numba's cache on disk notices changes of a function's
+own file only.
 """
-
-from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
-from ndp_gym.cost import CostTable
+from ndp_gym.kernel_data import Counts
 
 # columns of `Replay.layer` [N, L, 9]
 LAYER_S, GPU_S, FAR_S, LINK_S, STALL_S, HITS, ROUTED, ERROR, ENERGY = range(9)
@@ -26,93 +24,11 @@ N_REPAIRED, LOAD_BYTES, CANCELLED = range(3)
 QUEUE_LENGTH, HEAD_BYTES, TICK, FRESH = range(4)
 KIND, CACHE, SCOPE = range(3)
 CREDIT, DEPTH, RECALL, PRECISION = range(4)  # columns of `Service.rates`
-NOW, FREE, SEEN, STARTS = range(4)  # of the clock that prefetching runs, see `_exposed_copy`
 IN_PLACE, FETCH_ALL, BALANCE = range(3)
 GLOBAL_SCOPE = 1
 COPIED = 16  # added to the width index of an expert copied on demand, see `_decide`
 NO_CACHE, LRU, LFU, FIFO = range(4)
 LOW_BITS = 2  # widths at which a super expert collapses (quantization.md section 0)
-
-
-class LaneState(NamedTuple):
-    """What one window hands to the next, for N lanes of X = L * E experts (0 bits = none)."""
-
-    hbm: NDArray[np.uint8]  # [N, X] width of the pinned HBM copy
-    far: NDArray[np.uint8]  # [N, X] width the far device serves
-    target: NDArray[np.uint8]  # [N, X] HBM width the plan wants
-    made: NDArray[np.uint8]  # [N, X] last materialised width (requantise mode)
-    queue: NDArray[np.int32]  # [N, X] promotions, head first
-    cache: NDArray[np.uint8]  # [N, X] width of the cached copy
-    cache_time: NDArray[np.int64]  # [N, X] tick of last use (LRU, LFU) or insertion (FIFO)
-    cache_uses: NDArray[np.int64]  # [N, X] uses since insertion
-    scalars: NDArray[np.int64]  # [N, 4]
-    credit: NDArray[np.float64]  # [N] copies owed to experts outside HBM (service "balance")
-
-
-class Windows(NamedTuple):
-    """Where the tokens of N windows stand in the recording, B slots each."""
-
-    expert_ids: NDArray[Any]  # [T, L, K] unsigned
-    gate_bits: NDArray[np.uint16]  # [T, L, K] float16 gates viewed as integers, or [0, 0, 0]
-    half: NDArray[np.float64]  # [2, 32] offset and scale of a float16 by its exponent
-    gate_profile: NDArray[np.float64]  # [K] used where nothing was recorded
-    first_row: NDArray[np.int64]  # [N, B]
-    n_rows: NDArray[np.int64]  # [N, B]
-    context: NDArray[np.int64]  # [N, B] tokens before first_row
-
-
-class Plans(NamedTuple):
-    """N plans and the budgets they must obey."""
-
-    tier: NDArray[np.uint8]  # [N, X]
-    bits: NDArray[np.uint8]  # [N, X]
-    order: NDArray[np.float64]  # [N, X] higher is promoted earlier
-    services: NDArray[np.int64]  # [N, 3]
-    rates: NDArray[np.float64]  # [N, 4]
-    rank_bits: NDArray[np.uint8]  # [N, K] width fetched by router rank, 0 = the plan's
-    budgets: NDArray[np.int64]  # [N] bytes
-
-
-class Prices(NamedTuple):
-    """What things cost on one system; shared by the lanes of one `run_lanes` call."""
-
-    table: CostTable
-    rel_mse: NDArray[np.float64]  # [X, NB]
-    guarded: bool  # whether narrow copies of some experts collapse the model
-    requantise_s: NDArray[np.float64]  # [17] by width
-    ref_place: NDArray[np.int8]  # [X] `where` of the stateless reference
-    ref_service: NDArray[np.int64]  # [3]
-    ref_rates: NDArray[np.float64]  # [4]
-    ref_rank_bits: NDArray[np.uint8]  # [K]
-
-
-class Replay(NamedTuple):
-    """What N windows cost under a placement, or under the reference."""
-
-    layer: NDArray[np.float64]  # [N, L, 9]
-    step_s: NDArray[np.float64]  # [N, W]
-    step_tokens: NDArray[np.int64]  # [N, W]
-    served: NDArray[np.int64]  # [N, 2, NB] tokens by (GPU, far) and width
-    low_tokens: NDArray[np.int32]  # [N, X] tokens served at <= 2 bits, counted where guarded
-    totals: NDArray[np.int64]  # [N, 9]
-
-
-class Planned(NamedTuple):
-    """What applying N plans did, and the tokens of their windows."""
-
-    totals: NDArray[np.int64]  # [N, 3]
-    seconds: NDArray[np.float64]  # [N, 2] first load, requantisation
-    counts: NDArray[np.int32]  # [N, X]
-    gate_energy: NDArray[np.float64]  # [N, X]
-
-
-class Counts(NamedTuple):
-    """Stage one's result, reused from lane to lane."""
-
-    tokens: NDArray[np.int32]  # [W, X]
-    energy: NDArray[np.float64]  # [W, X] sum of squared gates
-    active: NDArray[np.int32]  # [W, L, A] codes in order of first appearance
-    n_active: NDArray[np.int32]  # [W, L]
 
 
 def empty_counts(n_steps: int, n_layers: int, n_experts: int, n_slots: int, top_k: int) -> Counts:
@@ -589,32 +505,45 @@ def _advance_queue(n_bytes, where, table, state, lane, totals):  # type: ignore[
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _exposed_copy(copy_s, copy_bytes, rates, own_s, ahead, totals):  # type: ignore[no-untyped-def]
+def _exposed_copy(copy_s, copy_bytes, rates, own_s, idle, totals):  # type: ignore[no-untyped-def]
     """Seconds by which copies on demand prolong a layer of ``own_s``, seconds they use the link.
 
-    A share ``recall`` was predicted, with wrong ones beside it (``precision``): these start when
-    layer ``depth - 1`` before this one does, or when the link is free (first in, first out). The
-    layer waits for them, then for the copies that nobody predicted. ``ahead`` is the clock.
+    A share ``recall`` was predicted, with wrong ones beside it (``precision``). They fill what is
+    left of the link's time in this layer and the ``depth - 1`` before it, oldest first; the layer
+    waits for the rest and for what nobody predicted. ``idle`` is [layers so far, ring of seconds].
     """
     totals[FETCH] += copy_bytes
     if rates[DEPTH] <= 0.0:
         return copy_s, copy_s
-    n_starts = ahead.size - STARTS
-    ahead[STARTS + int(ahead[SEEN]) % n_starts] = ahead[NOW]
-    ahead[SEEN] += 1.0
-    ready_s, late_s, vain_s = ahead[NOW] + own_s, 0.0, 0.0
-    if copy_bytes > 0:
-        wrong = rates[RECALL] * (1.0 / rates[PRECISION] - 1.0)
-        totals[FETCH] += int(wrong * copy_bytes)
-        vain_s = wrong * copy_s
-        start_s = max(ahead[FREE], ahead[STARTS + int(ahead[SEEN]) % n_starts])
-        ahead[FREE] = start_s + rates[RECALL] * copy_s + vain_s
-        late_s = max(0.0, ahead[FREE] - ready_s)
-    exposed_s = late_s + (1.0 - rates[RECALL]) * copy_s
-    ahead[NOW] = ready_s + exposed_s
-    if rates[RECALL] < 1.0 and copy_bytes > 0:
-        ahead[FREE] = ahead[NOW]
-    return exposed_s, copy_s + vain_s
+    depth, n_seen = idle.size - 1, int(idle[0])
+    idle[1 + n_seen % depth] = own_s
+    idle[0] += 1.0
+    wrong = rates[RECALL] * (1.0 / rates[PRECISION] - 1.0)
+    totals[FETCH] += int(wrong * copy_bytes)
+    late_s = rates[RECALL] * copy_s + wrong * copy_s
+    for i in range(n_seen + 1, n_seen + 1 + depth):
+        if late_s <= 0.0:
+            break
+        hidden_s = min(late_s, idle[1 + i % depth])
+        idle[1 + i % depth] -= hidden_s
+        late_s -= hidden_s
+    return late_s + (1.0 - rates[RECALL]) * copy_s, copy_s + wrong * copy_s
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _dense_layers_s(context, sliding, table):  # type: ignore[no-untyped-def]
+    n_layers = table.n_dense_full + table.n_dense_sliding
+    seen = table.n_dense_full * context + table.n_dense_sliding * sliding
+    return n_layers * table.dense_layer_s + table.kv_token_s * seen
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _book_seconds(layer_out, layer, layer_s, gpu_s, link_s, experts_s):  # type: ignore[no-untyped-def]
+    """Add one layer's seconds in one step to its columns; stalled is what the GPU waits."""
+    layer_out[layer, LAYER_S] += layer_s
+    layer_out[layer, GPU_S] += gpu_s
+    layer_out[layer, LINK_S] += link_s
+    layer_out[layer, STALL_S] += experts_s - gpu_s
 
 
 @njit(cache=True, nogil=True)
@@ -636,18 +565,15 @@ def replay_window(  # type: ignore[no-untyped-def]
     step_tokens, scalars = out.step_tokens[lane], state.scalars[holder]
     n_experts = where.size // n_layers
     place = where if kind == IN_PLACE else np.zeros(n_experts, np.int8)
-    ahead = np.zeros(STARTS + max(1, int(rates[DEPTH])))
+    idle = np.zeros(1 + max(1, int(rates[DEPTH])))
     for step in range(counts.tokens.shape[0]):
         n_tokens, context, sliding = _context(windows, lane, step, table.sliding_window)
         if n_tokens == 0:
             continue
-        n_dense = table.n_dense_full + table.n_dense_sliding
-        dense_seen = table.n_dense_full * context + table.n_dense_sliding * sliding
-        total_s = n_dense * table.dense_layer_s + table.kv_token_s * dense_seen
-        spare_s = total_s
+        spare_s = total_s = _dense_layers_s(context, sliding, table)
         if rates[DEPTH] < n_layers:  # only who looks a whole step ahead knows the next token's
-            ahead[:] = 0.0
-        ahead[NOW] += total_s
+            idle[:] = 0.0
+        idle[1 + int(idle[0] - 1) % (idle.size - 1)] += total_s
         for layer in range(n_layers):
             base = layer * n_experts
             first, base = (base, 0) if kind == IN_PLACE else (0, base)
@@ -658,19 +584,9 @@ def replay_window(  # type: ignore[no-untyped-def]
             elif kind == BALANCE:
                 _move_busiest(counts, step, layer, where, rates, table, state, holder, place)
             gpu_s, far_s, copy_s, copy_bytes, n_far = _serve(
-                counts,
-                step,
-                layer,
-                place,
-                base,
-                table,
-                rel_mse,
-                guarded,
-                served,
-                low,
-                layer_out,
+                counts, step, layer, place, base, table, rel_mse, guarded, served, low, layer_out,
                 totals,
-            )
+            )  # fmt: skip
             link_s = 0.0
             if n_far > 0:
                 crossing = n_tokens
@@ -683,18 +599,15 @@ def replay_window(  # type: ignore[no-untyped-def]
             attention_s = table.layer_s[layer] + table.kv_token_s * seen
             layer_out[layer, FAR_S] += max(0.0, far_s - link_s)
             exposed_s, copying_s = _exposed_copy(
-                copy_s, copy_bytes, rates, attention_s + gpu_s, ahead, totals
+                copy_s, copy_bytes, rates, attention_s + gpu_s, idle, totals
             )
             near_s, link_s = gpu_s + exposed_s, link_s + copying_s
             experts_s = table.overlap * max(near_s, far_s)
             experts_s += (1.0 - table.overlap) * (near_s + far_s)
             total_s += attention_s + experts_s
             spare_s += attention_s + experts_s - link_s
-            layer_out[layer, LAYER_S] += attention_s + experts_s
-            layer_out[layer, GPU_S] += gpu_s
-            layer_out[layer, LINK_S] += link_s
-            layer_out[layer, STALL_S] += experts_s - gpu_s
             layer_out[layer, ROUTED] += n_tokens * top_k
+            _book_seconds(layer_out, layer, attention_s + experts_s, gpu_s, link_s, experts_s)
             if kind == FETCH_ALL:
                 _keep_fetched(
                     counts, step, layer, place, where, service, room, table, state, holder, totals
@@ -705,9 +618,8 @@ def replay_window(  # type: ignore[no-untyped-def]
             n_bytes = int(max(0.0, spare_s) * table.link_bytes_per_s)
             _advance_queue(n_bytes, where, table, state, holder, totals)
         rest_s = table.head_s + table.engine_base_s + table.engine_token_s * n_tokens
-        ahead[NOW] += rest_s
-        step_s[step] = total_s + rest_s
-        step_tokens[step] = n_tokens
+        idle[1 + int(idle[0] - 1) % (idle.size - 1)] += rest_s
+        step_s[step], step_tokens[step] = total_s + rest_s, n_tokens
         totals[CONTEXT] += context
         totals[SLIDING] += sliding
         totals[STEPS] += 1

@@ -18,13 +18,14 @@ ROOMS = {
     "trace_requests trace_spans trace_stats replay replay_kernel importers",
     "quality": "quality",
     "cost": "cost budget",
-    "plan": "plan policy bit_ladder forecast fillings planners",
-    "simulate": "kernel simulate state outcome outcome_loops batch",
+    "plan": "plan policy bit_ladder forecast fillings allocation planners",
+    "simulate": "kernel_data kernel simulate state outcome outcome_loops batch",
     "reward": "reward",
     "env": "schedule memory lane_loops lanes inputs bounds encoding decoders episodes env vector "
     "wrappers sb3 render env_docs",
     "evaluate": "statistics provenance contenders results rows rollout explain evaluation "
-    "figure report tracking validation",
+    "uncertainty figure report report_uncertainty tracking "
+    "validation bench bench_large",
     "cli": "commands cli __main__",
 }
 RANK = {module: rank for rank, names in enumerate(ROOMS.values()) for module in names.split()}
@@ -39,6 +40,7 @@ FOLDERS = {
     "traces": {"ndp_gym", "traces"},
 }
 MAX_MODULE_LINES = 450
+LONG_MODULES = {"ndp_gym/kernel.py": 700}  # numba caches compiled code by its own file only
 MAX_FUNCTION_LINES = 80
 
 
@@ -138,8 +140,9 @@ def test_files_and_functions_stay_readable() -> None:
     long = []
     for path in sources(*FOLDERS, "tests"):
         text = path.read_text(encoding="utf-8")
-        if (n_lines := text.count("\n")) > MAX_MODULE_LINES:
-            long.append(f"{path.relative_to(ROOT)}: {n_lines} lines")
+        name = path.relative_to(ROOT).as_posix()
+        if (n_lines := text.count("\n")) > LONG_MODULES.get(name, MAX_MODULE_LINES):
+            long.append(f"{name}: {n_lines} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None
