@@ -174,9 +174,17 @@ def outcome_of(
     sums, counts = np.empty((n_lanes, 7)), np.empty((n_lanes, 3), np.int64)
     layer_counts = np.empty((n_lanes, model.n_layers, 2), np.int64)
     s.summarise(
-        planned, replay, reference, first.layer_weights, first.super_codes,
+        (planned.seconds, planned.counts),
+        (
+            replay.step_s, replay.layer, replay.low_tokens, replay.step_tokens, replay.served,
+            replay.totals,
+        ),
+        (reference.step_s, reference.layer, reference.low_tokens),
+        (first.layer_weights, first.super_codes),
         first.joules[None] if is_same else np.stack([summary.joules for summary in summaries]),
-        sums, counts, layer_counts,
+        sums,
+        counts,
+        layer_counts,
     )  # fmt: skip
     nats = nats_of(
         sums[:, s.RELATIVE : s.REF_RELATIVE + 1],

@@ -15,25 +15,30 @@ TOKENS, HITS, ROUTED = range(3)
 
 
 @njit(cache=True, nogil=True)
-def summarise(planned, replay, reference, weights, super_codes, joules, sums, counts, layer_counts):  # type: ignore[no-untyped-def]
+def summarise(planned, replay, reference, model, joules, sums, counts, layer_counts):  # type: ignore[no-untyped-def]
     """Fill ``sums`` [N, 7], ``counts`` [N, 3] and ``layer_counts`` [N, L, 2] (hits, routed).
 
-    ``weights`` [L] are the layers' sensitivities, ``super_codes`` the super experts, ``joules``
-    [N or 1, 13] the rates of `EnergyRates`.
+    Arrays come in plain tuples, as compiled code on disk would outlive the names of others:
+    ``planned`` (seconds, counts); ``replay`` (step_s, layer, low_tokens, step_tokens, served,
+    totals) and ``reference`` (the first three); ``model`` (the layers' sensitivities [L], codes of
+    the super experts). ``joules`` [N or 1, 13] are the rates of `energy_rates`.
     """
+    seconds, expert_counts = planned
+    step_s, layers, low_tokens, step_tokens, served, totals = replay
+    ref_step_s, ref_layers, ref_low_tokens = reference
+    weights, super_codes = model
     for n in range(sums.shape[0]):
-        load_s, requantise_s = planned.seconds[n, 0], planned.seconds[n, 1]
-        total_s = 0.0 if load_s > 0.0 else requantise_s
+        total_s = 0.0 if seconds[n, 0] > 0.0 else seconds[n, 1]
         ref_s, tokens = 0.0, 0
-        for step in range(replay.step_s.shape[1]):
-            total_s += replay.step_s[n, step]
-            ref_s += reference.step_s[n, step]
-            tokens += replay.step_tokens[n, step]
+        for step in range(step_s.shape[1]):
+            total_s += step_s[n, step]
+            ref_s += ref_step_s[n, step]
+            tokens += step_tokens[n, step]
         sums[n, DECODE_S], sums[n, REF_DECODE_S] = total_s, ref_s
         hits, routed = 0, 0
         relative, ref_relative = 0.0, 0.0
         for i in range(weights.size):
-            layer, ref_layer = replay.layer[n, i], reference.layer[n, i]
+            layer, ref_layer = layers[n, i], ref_layers[n, i]
             layer_counts[n, i, 0], layer_counts[n, i, 1] = int(layer[_HITS]), int(layer[_ROUTED])
             hits += layer_counts[n, i, 0]
             routed += layer_counts[n, i, 1]
@@ -44,15 +49,15 @@ def summarise(planned, replay, reference, weights, super_codes, joules, sums, co
         counts[n, TOKENS], counts[n, HITS], counts[n, ROUTED] = tokens, hits, routed
         low, ref_low = 0.0, 0.0
         for x in super_codes:
-            low += replay.low_tokens[n, x] / max(planned.counts[n, x], 1)
-            ref_low += reference.low_tokens[n, x] / max(planned.counts[n, x], 1)
+            low += low_tokens[n, x] / max(expert_counts[n, x], 1)
+            ref_low += ref_low_tokens[n, x] / max(expert_counts[n, x], 1)
         sums[n, LOW_SHARE] = low / max(super_codes.size, 1)
         sums[n, REF_LOW_SHARE] = ref_low / max(super_codes.size, 1)
         rate = joules[n if joules.shape[0] > 1 else 0]
         energy = rate[11] * tokens + rate[12] * total_s
         for column in range(9):
-            energy += rate[column] * replay.totals[n, column]
+            energy += rate[column] * totals[n, column]
         for tier in range(2):
-            for width in range(replay.served.shape[2]):
-                energy += rate[9 + tier] * replay.served[n, tier, width]
+            for width in range(served.shape[2]):
+                energy += rate[9 + tier] * served[n, tier, width]
         sums[n, JOULES] = energy
