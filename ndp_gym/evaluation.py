@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -18,12 +20,13 @@ from ndp_gym.inputs import Inputs, ModelLike, SystemLike, TraceLike, combination
 from ndp_gym.policy import InfeasibleError, MissingProfileError
 from ndp_gym.provenance import env_spec_json, git_commit, package_versions, spec_facts
 from ndp_gym.quality import QualityModel
-from ndp_gym.results import AtQuality, EvaluationResult, Row, at_quality
+from ndp_gym.results import AtQuality, Condition, EvaluationResult, Row, at_quality
 from ndp_gym.reward import quality_weight as weight_of
 from ndp_gym.rollout import Measurement, Task, run_policy, train_profile
-from ndp_gym.rows import Entry, compare, measured_row, missing_row
+from ndp_gym.rows import Entry, compare, measured_row, missing_row, score_of
 from ndp_gym.schedule import Scheduling
 from ndp_gym.specs import SystemSpec
+from ndp_gym.uncertainty import PLANS, Score, Study, applied, constants_of, study
 
 __all__ = ["evaluate"]
 
@@ -47,6 +50,7 @@ def evaluate(
     max_windows: int | None = None,
     seeds: Sequence[int] = (0,),
     actual_systems: Mapping[str, SystemSpec] | None = None,
+    uncertainty: int = 0,
     command: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
@@ -73,18 +77,24 @@ def evaluate(
         seeds: for policies that draw random numbers.
         actual_systems: by nominal name, the system that really runs where it differs from what
             policies are told (a throttled GPU, a shared link); give it a name of its own.
+        uncertainty: samples of the uncertain constants (see `ndp_gym.uncertainty`) under which
+            every policy runs again with the first seed, told the sampled system; the runs at the
+            ends of the ranges come on top.
         command: recorded as provenance; ``None`` records ``sys.argv``.
         progress: called after every window.
 
     Raises:
         ValueError: unknown names, recordings and models that disagree, budgets that do not fit.
     """
+    if uncertainty < 0:
+        raise ValueError(f"uncertainty must be >= 0 samples, got {uncertainty}")
     if not seeds:
         raise ValueError("seeds must hold at least one seed, got none")
     _check_actual(actual_systems or {})
     taking_part = contenders(policies)
     rows: list[Row] = []
     quality_rows: list[AtQuality] = []
+    studies: list[Study] = []
     provenance = _provenance(command, seeds)
     for inputs in combinations(traces, models, systems):
         _describe(inputs, provenance)
@@ -110,7 +120,11 @@ def evaluate(
             found = _condition(taking_part, task, seeds, _facts(inputs.label, task), progress)
             rows += found
             quality_rows += at_quality(found)
-    return EvaluationResult(rows=rows, at_quality=quality_rows, provenance=provenance)
+            if uncertainty:
+                studies.append(_study(taking_part, task, seeds, found, uncertainty, progress))
+    return EvaluationResult(
+        rows=rows, at_quality=quality_rows, provenance=provenance, uncertainty=studies
+    )
 
 
 def _check_actual(actual_systems: Mapping[str, SystemSpec]) -> None:
@@ -143,28 +157,76 @@ def _entry(
     facts: dict[str, Any],
     progress: Progress | None,
 ) -> Entry:
-    """Run one contender once, or once per seed if it draws random numbers."""
+    """The row of one contender and the measurement behind it."""
     name = contender.name
-    label = f"{name}, batch {task.batch_size}"
-    report = None if progress is None else partial(progress, label)
-    pooled: Measurement | None = None
-    used: list[int] = []
     try:
-        for seed in seeds:
-            measured = run_policy(contender.make(), task, seed=seed, progress=report)
-            used.append(seed)
-            if pooled is None:
-                pooled = measured
-            else:
-                pooled.add(measured)
-            if not measured.used_rng:
-                break
+        pooled, used = _measure(contender, task, seeds, progress)
     except (InfeasibleError, MissingProfileError) as error:
         validity = "infeasible" if isinstance(error, InfeasibleError) else "n/a"
         return Entry(row=missing_row(name, validity, str(error), facts), measurement=None)
-    assert pooled is not None
-    row = measured_row(name, pooled, task, facts, used)
-    return Entry(row=row, measurement=pooled)
+    return Entry(row=measured_row(name, pooled, task, facts, used), measurement=pooled)
+
+
+def _measure(
+    contender: Contender, task: Task, seeds: Sequence[int], progress: Progress | None
+) -> tuple[Measurement, list[int]]:
+    """Run one contender once, or once per seed if it draws random numbers -> pooled, seeds used."""
+    label = f"{contender.name}, batch {task.batch_size}"
+    report = None if progress is None else partial(progress, label)
+    pooled = run_policy(contender.make(), task, seed=seeds[0], progress=report)
+    used = list(seeds) if pooled.used_rng else [seeds[0]]
+    for seed in used[1:]:
+        pooled.add(run_policy(contender.make(), task, seed=seed, progress=report))
+    return pooled, used
+
+
+def _study(
+    named: Sequence[Contender],
+    task: Task,
+    seeds: Sequence[int],
+    rows: list[Row],
+    n_samples: int,
+    progress: Progress | None,
+) -> Study:
+    """Run everything again under sampled constants, and mark the rows whose order flips."""
+    constants, seed = constants_of(task.system), seeds[0]
+    scores = partial(_scores, named, task, seed)
+    report = None if progress is None else partial(progress, "uncertainty")
+    pairs = study(constants, scores, n_samples=n_samples, seed=seed, progress=report)
+    for row in rows:
+        name = row["policy"]
+        flipping = [p for p in pairs if p["flips"] and name in (p["a"], p["b"])]
+        row["order_flips_with"] = [p["b"] if p["a"] == name else p["a"] for p in flipping]
+    trace, model, system, batch_size, window = Condition.of(rows[0])
+    return Study(
+        trace=trace,
+        model=model,
+        system=system,
+        batch_size=batch_size,
+        window=window,
+        n_samples=n_samples,
+        seed=seed,
+        plans=PLANS,
+        constants=[asdict(constant) for constant in constants],
+        pairs=pairs,
+    )
+
+
+def _scores(
+    named: Sequence[Contender], task: Task, seed: int, values: Mapping[str, float]
+) -> dict[str, Score]:
+    """Scores of the baselines and of ``named`` where constants have other values."""
+    system, quality = applied(values, task.system, task.quality)
+    actual = task.actual and applied(values, task.actual, task.quality)[0]
+    sampled = replace(task, system=system, actual=actual, quality=quality)
+    far4 = all_far4()
+    measured = run_policy(far4.make(), sampled, seed=seed)
+    scores = {far4.name: score_of(measured, sampled)}
+    for contender in (*all_hbm_rows(measured.min_budget_bytes, task.profile), *named):
+        with suppress(InfeasibleError, MissingProfileError):
+            measured = run_policy(contender.make(), sampled, seed=seed)
+            scores[contender.name] = score_of(measured, sampled)
+    return scores
 
 
 def _facts(label: str, task: Task) -> dict[str, Any]:

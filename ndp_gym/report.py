@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ndp_gym.report_uncertainty import print_study
 from ndp_gym.results import (
     MODELED,
     PLACEMENT_UNNECESSARY,
@@ -110,6 +111,9 @@ def print_tables(result: EvaluationResult, *, width: int | None = None) -> None:
         console.print(_table(rows, console.width))
         for line in [*_footnotes(rows), *_quality_lines(result, rows)]:
             console.print(line, markup=False)
+        for found in result.uncertainty:
+            if Condition.of(found) == condition:
+                print_study(found, console)
 
 
 def _table(rows: Sequence[Row], width: int) -> Table:
@@ -135,7 +139,8 @@ def _table(rows: Sequence[Row], width: int) -> Table:
 
 
 def _mark(row: Row) -> str:
-    return {"in_range": "", "extrapolated": "!"}.get(row["validity"], row["validity"])
+    mark = {"in_range": "", "extrapolated": "!"}.get(row["validity"], row["validity"])
+    return f"{mark}~" if row["order_flips_with"] else mark
 
 
 def _footnotes(rows: Sequence[Row]) -> list[str]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict, cast
 
+from ndp_gym.uncertainty import Study
+
 __all__ = ["QUALITY_BUDGETS", "AtQuality", "Condition", "EvaluationResult", "Row", "pareto_front"]
 
 QUALITY_BUDGETS = (0.01, 0.03, 0.1)  # nats, design.md §7
@@ -30,6 +32,9 @@ class Row(TypedDict):
     terms are means over windows, as an agent collects them; ``reward_quality`` is not yet
     weighted. ``byte_hit_rate`` is the share of expert-weight bytes read from copies that were in
     HBM already. ``hbm_budget_bytes`` is the smallest of the run.
+
+    ``order_flips_with`` names the policies whose order with this one (by reward) is not the same
+    all over the ranges of ``uncertainty``; ``None`` where that was not asked for.
 
     ``validity`` is ``"in_range"``, ``"extrapolated"``, ``"infeasible"`` (over the HBM budget) or
     ``"n/a"`` (needs a train split that the recording lacks), with ``validity_reasons``.
@@ -86,6 +91,7 @@ class Row(TypedDict):
     n_windows: int
     n_tokens: int
     seeds: list[int]
+    order_flips_with: list[str] | None
     commit: str | None
     env_id: str
     env_spec: str
@@ -131,7 +137,7 @@ class Condition(NamedTuple):
     window: int
 
     @classmethod
-    def of(cls, row: Row | AtQuality) -> Condition:
+    def of(cls, row: Row | AtQuality | Study) -> Condition:
         """The condition of ``row``."""
         return cls(row["trace"], row["model"], row["system"], row["batch_size"], row["window"])
 
@@ -151,11 +157,13 @@ class EvaluationResult:
         rows: one per policy and condition, in the order they were asked for.
         at_quality: throughput where ΔNLL stays within each budget of ``QUALITY_BUDGETS``.
         provenance: command, commit, versions, env specs, trace digests, seeds.
+        uncertainty: one study per condition, where asked for.
     """
 
     rows: Sequence[Row]
     at_quality: Sequence[AtQuality] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    uncertainty: Sequence[Study] = ()
 
     def __iter__(self) -> Iterator[Row]:
         """Iterate over the rows."""
@@ -178,6 +186,7 @@ class EvaluationResult:
             "rows": list(self.rows),
             "at_quality": list(self.at_quality),
             "provenance": dict(self.provenance),
+            "uncertainty": list(self.uncertainty),
         }
 
 

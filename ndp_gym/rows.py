@@ -21,8 +21,9 @@ from ndp_gym.rollout import Measurement, Task
 from ndp_gym.statistics import ConversationBootstrap, percentile_interval
 from ndp_gym.trace_metadata import PHASES_RECORDED
 from ndp_gym.trace_requests import MIN_SPLIT_CONVERSATIONS
+from ndp_gym.uncertainty import Score
 
-__all__ = ["Entry", "compare", "measured_row", "missing_row"]
+__all__ = ["Entry", "compare", "measured_row", "missing_row", "score_of"]
 
 MIN_RESAMPLED = 8  # conversations actually run below which no interval is given
 SEED_NDP, SEED_NDP_MAX_BATCH = "seed_ndp", 12  # validation.md §6
@@ -50,11 +51,11 @@ def measured_row(
     weights_read = total["hbm_weight_bytes"] + total["far_weight_bytes"]
     n_runs = measured.n_runs
     mean_bits = float((served * bits).sum() / served.sum())
-    reasons = _doubts(mean_bits, loss, task)
+    reasons, score = _doubts(mean_bits, loss, task), score_of(measured, task)
     per_run = {name: round(total[name] / n_runs) for name in _COUNTED}
     values: dict[str, Any] = dict(
         n_conversations=int((measured.tokens > 0).sum()),
-        tokens_per_s=float(measured.tokens.sum() / measured.seconds.sum()),
+        tokens_per_s=score.tokens_per_s,
         tokens_per_s_ci95=_interval(measured, task, "tokens", "seconds"),
         decode_step_p50_s=float(np.percentile(steps, 50)),
         decode_step_p99_s=float(np.percentile(steps, 99)),
@@ -70,7 +71,7 @@ def measured_row(
         far_busy=total["far_busy_s"] / total["decode_s"],
         link_busy=total["link_busy_s"] / total["decode_s"],
         joules_per_token=total["energy_j"] / total["tokens"],
-        reward=float(np.mean(reward(terms, task.quality_weight))),
+        reward=score.reward,
         reward_throughput=float(np.mean(terms["throughput"])),
         reward_quality=float(np.mean(terms["quality"])),
         requantise_s=total["requantise_s"] / n_runs,
@@ -87,6 +88,15 @@ def measured_row(
         seeds=seeds,
     )
     return row_of(policy, {**values, **per_run, **facts})
+
+
+def score_of(measured: Measurement, task: Task) -> Score:
+    """Reward and tokens per second as the row has them."""
+    terms = {name: np.asarray(values) for name, values in measured.terms.items()}
+    return Score(
+        reward=float(np.mean(reward(terms, task.quality_weight))),
+        tokens_per_s=float(measured.tokens.sum() / measured.seconds.sum()),
+    )
 
 
 _COUNTED = (

@@ -61,6 +61,7 @@ def sample_row(policy: str, **changes: Any) -> Row:
         n_windows=12,
         n_tokens=1500,
         seeds=[0],
+        order_flips_with=None,
         commit="0" * 40,
         env_id="NDPPlacement-v0",
         env_spec='{"id": "NDPPlacement-v0"}',

@@ -97,7 +97,7 @@ def test_json_holds_the_public_fields_and_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "result.json"
     write_json(sample_result(), path)
     document = json.loads(path.read_text())
-    assert set(document) == {"rows", "at_quality", "provenance"}
+    assert set(document) == {"rows", "at_quality", "provenance", "uncertainty"}
     assert document["rows"][2]["tokens_per_s_ci95"] == [90.0, 112.0]
     assert document["rows"][3]["speedup_vs_all_hbm"] is None
     assert [p.name for p in path.parent.iterdir()] == ["result.json"]  # no temporary left

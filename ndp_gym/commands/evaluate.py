@@ -47,6 +47,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="speed, balanced, quality, or reward per nat (default: balanced)")  # fmt: skip
     add("--max-windows", metavar="N", type=int, help="stop each run after N windows")
     add("--seeds", metavar="N", type=int, default=1, help="seeds of random policies (default: 1)")
+    add("--uncertainty", metavar="N", type=int, default=0,
+        help="also run all under N samples of the uncertain constants")  # fmt: skip
     for name in _FORMATS:
         add(f"--{name}", metavar="F", type=Path, help=f"write {name} to F")
     add("--out", metavar="DIR", type=Path, help="write everything into DIR")
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
             quality_weight=_number_or_name(args.quality_weight),
             max_windows=args.max_windows,
             seeds=range(_at_least_one("--seeds", args.seeds)),
+            uncertainty=args.uncertainty,
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             progress=progress,
         )
