@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,11 +76,13 @@ def print_waterfall(found: Explanation) -> None:
     from ndp_gym.results import MODELED
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=int(os.environ.get("COLUMNS", 100)))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption=MODELED)
     table.caption_justify = "left"
     table.add_column("", no_wrap=True)
     for head in ("ms/token", "share", "hit %", "bits", "ΔNLL"):
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     difference = float(found.difference)
     largest = max(abs(float(value)) for value in found.terms.values()) or 1.0
