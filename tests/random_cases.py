@@ -1,6 +1,6 @@
 """Random toy models, systems, plans and windows, small enough for the slow twin."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from ndp_gym.specs import (
     LinkSpec,
     MoEKernel,
     MoESpec,
+    Prefetch,
     Service,
     SystemSpec,
 )
@@ -159,15 +160,29 @@ def toy_format(menu: tuple[int, ...]) -> Format:
 
 
 def random_service(rng: np.random.Generator, system: SystemSpec) -> Service | None:
-    """In place where the far device computes, else fetch with any cache; None = the default."""
+    """In place or balance where the far device computes, fetch with any cache; None = default."""
     pick = rng.random()
     if pick < 0.1:
         return None
-    if pick < 0.45 and system.far.can_compute:
+    if pick < 0.3 and system.far.can_compute:
         return Service(kind="in_place")
-    if pick > 0.9:
-        return Service(kind="fetch")
-    return CACHES[int(rng.integers(len(CACHES)))]
+    if pick < 0.5 and system.far.can_compute:
+        rate = None if rng.random() < 0.5 else float(rng.choice([0.0, 0.27, 0.5, 1.0, 1.5]))
+        return Service(kind="balance", credit=rate)
+    cache = CACHES[int(rng.integers(len(CACHES)))] if pick < 0.9 else Service(kind="fetch")
+    ranked = rng.choice(system.stored_bits, int(rng.integers(1, 4))) if rng.random() < 0.3 else ()
+    return replace(cache, rank_bits=tuple(int(b) for b in ranked), prefetch=random_prefetch(rng))
+
+
+def random_prefetch(rng: np.random.Generator) -> Prefetch | None:
+    """A perfect, useless or middling predictor, less or more than a step ahead; mostly none."""
+    if rng.random() < 0.65:
+        return None
+    return Prefetch(
+        depth=int(rng.integers(1, 6)),
+        recall=float(rng.choice([0.0, 1.0, rng.random()])),
+        precision=float(rng.choice([1.0, rng.uniform(0.1, 1.0)])),
+    )
 
 
 def random_plans(

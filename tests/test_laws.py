@@ -30,11 +30,16 @@ def episode(case: Case) -> list[tuple[State, Outcome]]:
 
 
 def fixed_residency(case: Case) -> Case:
-    """The first plan and budget in every window, and kernels that do not depend on bits."""
+    """The first plan and budget in every window, and kernels that do not depend on bits.
+
+    In place of the best split, which weighs less than the layer's whole time, everything moves.
+    """
     gpu = case.system.gpu
     kernels = {name: MoEKernel(1e-5, 0.8) for name in gpu.moe_kernels}
     system = replace(case.system, gpu=replace(gpu, moe_kernels=kernels))
     plan, n = case.plans[0], len(case.plans)
+    if plan.service is not None and plan.service.kind == "balance":
+        plan = replace(plan, service=Service(kind="balance", credit=plan.service.credit or 1.0))
     ranked = replace(plan, migration_order=np.zeros(plan.placement.tier.shape))
     return replace(case, system=system, plans=[ranked] * n, budgets=[case.budgets[0]] * n)
 
@@ -54,7 +59,8 @@ def test_with_fixed_residency_more_bandwidth_is_never_slower(
     quick = replace(case, system=faster(case.system, part, factor))
     for (_, slow), (_, fast) in zip(episode(case), episode(quick), strict=True):
         assert slow.migration_bytes == fast.migration_bytes == 0
-        assert (fast.step_s <= slow.step_s * (1 + 1e-12)).all()
+        # A prefetch may find less of an earlier step to hide behind, but not lose more than it won.
+        assert (fast.step_s.cumsum() <= slow.step_s.cumsum() * (1 + 1e-12)).all()
         assert fast.hits == slow.hits
 
 
@@ -76,6 +82,23 @@ def test_a_faster_link_can_be_slower_by_landing_a_promotion_on_a_busy_gpu() -> N
         )
         seconds[name] = float(out.decode_s)
     assert seconds["fast"] > seconds["slow"]
+
+
+def test_a_faster_link_can_be_slower_by_making_a_copy_look_better_than_it_is() -> None:
+    # Two far experts take 2 ms; one copied, read and 1 ms far take 3 / 1.8 + 0.375 = 2.042 ms at
+    # 1.8 MB/s and 1.953 ms at 1.9: then it is moved, and its 0.2 ms of launch count too.
+    token, plan = [[0, 1], [2, 3]], plan_of(ALL_FAR, service=Service(kind="balance"))
+    system = replace(SYSTEM, link=replace(SYSTEM.link, latency_s=0.0))
+    seconds = {}
+    for rate in (1.8, 1.9):
+        _, out = transition(
+            initial_state(MODEL, system), plan, window_of([[token]]), MODEL,
+            faster(system, "link", rate), budget_bytes=0,
+        )  # fmt: skip
+        seconds[rate] = float(out.layer_s[0])
+    np.testing.assert_allclose(seconds[1.8], (0.45025 + 2 + 0.2 / 1.8) * 1e-3)
+    np.testing.assert_allclose(seconds[1.9], (0.45025 + 0.2 + 0.375 + 3 / 1.9) * 1e-3)
+    assert seconds[1.9] > seconds[1.8]
 
 
 def test_a_larger_fifo_cache_can_miss_more() -> None:

@@ -39,6 +39,12 @@ EVENTS = {
     "storage only", "requantise", "sliding window", "dense layers", "MLA", "GQA", "gate weights",
     "gate profile", "far floor", "no overlap", "full overlap", "part overlap", "default order",
     "default service", "super expert low", "mixed tiers in a layer", "service changes",
+    "balance none", "balance moves none", "balance moves some", "balance moves all",
+    "balance reorders", "credit carried on", "rank beyond the list",
+    "another width than the plan's", "wider cached copy serves", "narrower cached copy is a miss",
+    "copy of another width gives way", "fetch at another width than the promotion's",
+    "prefetch is late", "prefetch is in time", "prefetch in vain",
+    "prefetch uses time of earlier layers", "prefetch finds earlier layers full",
     *(f"{cache} {scope}" for cache in ("lru", "lfu", "fifo") for scope in ("layer", "global")),
 }  # fmt: skip
 
@@ -80,6 +86,7 @@ def twin_state(state: State) -> TwinState:
             for key, bits in cached.items()
         },
         tick=int(state.tick),
+        credit=state.credit,
         load=grid(state.load),
         fresh=state.is_fresh,
     )
@@ -95,6 +102,11 @@ def twin_plan(plan: Plan, case: Case) -> TwinPlan:
         kind=service.kind,
         cache=service.cache,
         scope=service.scope,
+        credit=service.credit,
+        rank_bits=service.rank_bits,
+        depth=service.prefetch.depth if service.prefetch else 0,
+        recall=service.prefetch.recall if service.prefetch else 0.0,
+        precision=service.prefetch.precision if service.prefetch else 1.0,
     )
 
 

@@ -12,7 +12,18 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 from tests.twin_plan import apply_plan, evict_until_it_fits, scope_bytes
-from tests.twin_types import Cached, Key, Rules, Token, Totals, TwinPlan, TwinState, empty_totals
+from tests.twin_services import copying, far_expert_s, serve
+from tests.twin_types import (
+    Cached,
+    Key,
+    Routed,
+    Rules,
+    Token,
+    Totals,
+    TwinPlan,
+    TwinState,
+    empty_totals,
+)
 
 
 def twin_window(
@@ -30,12 +41,15 @@ def twin_window(
     state = deepcopy(state)
     out = empty_totals(rules)
     capacity = apply_plan(state, plan, rules, out, budget_bytes)
+    idle = [0.0]
     for w, tokens in enumerate(steps):
         if not tokens:  # an idle step takes no time and moves nothing
             out.step_s.append(0.0)
             out.step_tokens.append(0)
             continue
-        spare_s = decode_step(state, plan, tokens, rules, out, capacity)
+        if plan.depth < rules.n_layers:  # only who looks a step ahead knows the next token's
+            idle = [0.0]
+        spare_s = decode_step(state, plan, tokens, rules, out, capacity, idle)
         advance_queue(state, rules, out, spare_s, is_last=w == len(steps) - 1)
     out.decode_s += sum(out.step_s)
     out.delta_nll = delta_nll(rules, out)
@@ -50,44 +64,34 @@ def decode_step(
     rules: Rules,
     out: Totals,
     capacity: int,
+    idle: list[float],
 ) -> float:
     """Run one decode step over all layers; returns the link seconds nobody used."""
     step_s, spare_s = outside_the_experts(tokens, rules)
+    idle[-1] += spare_s  # dense layers leave the link free
     for layer in range(rules.n_layers):
-        work = route(layer, tokens)
-        times = LayerWork()
-        touched: list[tuple[Key, int, bool]] = []
-        for key, m in work.tokens.items():
-            if state.hbm[key]:
-                bits, tier, is_hit = state.hbm[key], 0, True
-            elif plan.kind == "in_place":
-                bits, tier, is_hit = state.far[key], 1, False
-            else:
-                bits = state.target[key] or state.far[key]
-                tier = 0
-                is_hit = key in state.cache and state.cache[key].bits == bits
-                touched.append((key, bits, is_hit))
-                if not is_hit:
-                    times.fetched.append(bits)
-            (times.gpu if tier == 0 else times.far)[key] = (bits, m)
+        routed = route(layer, tokens)
+        served = serve(state, plan, rules, out, layer=layer, tokens=tokens, routed=routed)
+        work = LayerWork()
+        for key, (bits, tier, is_hit) in served.items():
+            m = routed.tokens[key]
+            (work.gpu if tier == 0 else work.far)[key] = (bits, m)
+            if tier == 0 and not is_hit:
+                work.fetched.append(bits)
             out.hits += m if is_hit else 0
             out.layer_hits[layer] += m if is_hit else 0
-            account(key, work, bits, tier, rules, out)
-        spare_s += finish_layer(layer, tokens, times, rules, out, step=step_s)
-        for key, bits, is_hit in touched:
-            update_cache(state, plan, rules, out, capacity, key=key, bits=bits, is_hit=is_hit)
+            account(key, routed, bits, tier, rules, out)
+        unpinned = [key for key in served if not state.hbm[key]]
+        spare_s += finish_layer(layer, tokens, work, rules, out, step=step_s, plan=plan, idle=idle)
+        if plan.kind == "fetch":
+            for key in unpinned:
+                bits, _, is_hit = served[key]
+                update_cache(state, plan, rules, out, capacity, key=key, bits=bits, is_hit=is_hit)
+    idle[-1] += sum(step_s[1:3])  # so do head and engine
     out.step_s.append(sum(step_s))
     out.step_tokens.append(len(tokens))
     out.tokens += len(tokens)
     return spare_s
-
-
-@dataclass(kw_only=True)
-class Routed:
-    """Tokens and gate energy of the active experts of a layer, in order of first appearance."""
-
-    tokens: dict[Key, int] = field(default_factory=dict)
-    energy: dict[Key, float] = field(default_factory=dict)
 
 
 def route(layer: int, tokens: Sequence[Token]) -> Routed:
@@ -146,8 +150,13 @@ def finish_layer(
     out: Totals,
     *,
     step: list[float],
+    plan: TwinPlan | None,
+    idle: list[float],
 ) -> float:
-    """Add one layer's seconds and bytes to totals and step; returns its spare link seconds."""
+    """Add one layer's seconds and bytes to totals and step; returns its spare link seconds.
+
+    Without ``plan`` (the reference) nothing is prefetched.
+    """
     c = rules.cost
     contexts = [t.context for t in tokens]
     if c.layer_slides[layer]:
@@ -160,7 +169,7 @@ def finish_layer(
         memory_s = sum(c.gpu_weight_s[rules.index(b)] for b, _ in work.gpu.values())
         compute_s = c.gpu_token_s * sum(m for _, m in work.gpu.values())
         gpu_s = launches_s + max(memory_s, compute_s)
-    fetch_s = sum(c.copy_s[rules.index(b)] for b in work.fetched)
+    copies = copying(work.fetched, attention_s + gpu_s, rules, plan, idle, out)
 
     activations_s, far_s = 0.0, 0.0
     if work.far:
@@ -169,22 +178,21 @@ def finish_layer(
         activations_s = 2 * c.link_latency_s + crossing * c.activation_token_s
         experts_s = 0.0
         for bits, m in work.far.values():
-            i = rules.index(bits)
-            experts_s += max(c.far_weight_s[i], c.far_token_s[i] * max(m, c.far_min_tokens))
+            experts_s += far_expert_s(bits, m, rules)
         far_s = max(c.far_floor_s, activations_s + experts_s)
         out.events["far floor"] += far_s > activations_s + experts_s
     out.events["mixed tiers in a layer"] += bool(work.gpu and work.far)
 
-    near_s = gpu_s + fetch_s
+    near_s = gpu_s + copies.exposed_s
     total_s = attention_s + c.overlap * max(near_s, far_s) + (1 - c.overlap) * (near_s + far_s)
-    out.fetch_bytes += sum(rules.weight_bytes(b) for b in work.fetched)
+    out.fetch_bytes += copies.n_bytes
     out.layer_s[layer] += total_s
     out.gpu_s[layer] += gpu_s
     out.far_s[layer] += max(0.0, far_s - activations_s)
-    out.link_s[layer] += activations_s + fetch_s
+    out.link_s[layer] += activations_s + copies.link_s
     out.stall_s[layer] += total_s - attention_s - gpu_s
     step.append(total_s)
-    return float(max(0.0, total_s - activations_s - fetch_s))
+    return float(total_s - activations_s - copies.link_s)
 
 
 def update_cache(
@@ -199,7 +207,10 @@ def update_cache(
     is_hit: bool,
 ) -> None:
     """Touch a cached copy, complete a promotion, or keep the new copy if it fits."""
-    if not is_hit and state.target[key]:
+    if state.target[key]:
+        if bits != state.target[key]:
+            out.events["fetch at another width than the promotion's"] += 1
+            return
         if state.queue[0] == key:
             out.wasted_bytes += state.head_bytes
             out.events["head completed by a fetch"] += state.head_bytes > 0
@@ -225,7 +236,8 @@ def update_cache(
     if new_bytes > scope_bytes(plan, rules, capacity):
         out.events["copy larger than the cache"] += 1
         return
-    state.cache.pop(key, None)  # a copy at another width gives way
+    out.events["copy of another width gives way"] += key in state.cache
+    state.cache.pop(key, None)
     evict_until_it_fits(state, plan, rules, out, capacity, key[0], new_bytes=new_bytes)
     state.tick += 1
     state.cache[key] = Cached(bits=bits, time=state.tick, uses=1)
@@ -235,7 +247,7 @@ def advance_queue(
     state: TwinState, rules: Rules, out: Totals, spare_s: float, *, is_last: bool
 ) -> None:
     """Copy as many whole bytes as fit in the spare seconds; arrivals serve from the next step."""
-    left = math.floor(spare_s * rules.cost.link_bytes_per_s)
+    left = math.floor(max(0.0, spare_s) * rules.cost.link_bytes_per_s)
     while left > 0 and state.queue:
         key = state.queue[0]
         moved = min(left, rules.weight_bytes(state.target[key]) - state.head_bytes)
@@ -267,7 +279,7 @@ def reference(steps: Sequence[Sequence[Token]], rules: Rules) -> Totals:
                     work.gpu[key] = (bits, m)
                     work.fetched.append(bits)
                 account(key, routed, bits, 1 if rules.far_computes else 0, rules, out)
-            finish_layer(layer, tokens, work, rules, out, step=step_s)
+            finish_layer(layer, tokens, work, rules, out, step=step_s, plan=None, idle=[])
         out.step_s.append(sum(step_s))
     out.decode_s = sum(out.step_s)
     out.delta_nll = delta_nll(rules, out)

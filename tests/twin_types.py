@@ -31,6 +31,7 @@ class TwinState:
     head_bytes: int
     cache: dict[Key, Cached]
     tick: int
+    credit: float
     load: dict[Key, float]
     fresh: bool
 
@@ -73,6 +74,11 @@ class TwinPlan:
     kind: str
     cache: str
     scope: str
+    credit: float | None = None
+    rank_bits: tuple[int, ...] = ()
+    depth: int = 0  # no prefetch
+    recall: float = 0.0
+    precision: float = 1.0
 
 
 @dataclass(kw_only=True)
@@ -130,6 +136,14 @@ def empty_totals(rules: Rules) -> Totals:
         low_tokens=dict.fromkeys(rules.keys, 0),
         served_tokens={(tier, i): 0 for tier in (0, 1) for i in range(len(rules.cost.bits))},
     )
+
+
+@dataclass(kw_only=True)
+class Routed:
+    """Tokens and gate energy of the active experts of a layer, in order of first appearance."""
+
+    tokens: dict[Key, int] = field(default_factory=dict)
+    energy: dict[Key, float] = field(default_factory=dict)
 
 
 class Token(NamedTuple):
