@@ -100,3 +100,49 @@ def advance_slots(window, request, row, left, context, n_live, generated):  # ty
                 n_live[n] -= 1
                 n_ended += 1
     return n_ended
+
+
+@njit(cache=True, nogil=True)
+def admit_slots(request, row, left, context, queue, columns):  # type: ignore[no-untyped-def]
+    """Put the requests at the head of ``queue`` into the idle slots [B] of one lane.
+
+    ``columns`` (start, n_prompt, length, context_offset) are those of the request table.
+
+    Returns:
+        How many; the slots are filled in order.
+    """
+    start, n_prompt, length, context_offset = columns
+    n = 0
+    for slot in range(request.size):
+        if n == queue.size:
+            break
+        if request[slot] < 0:
+            index = queue[n]
+            request[slot] = index
+            row[slot] = start[index] + n_prompt[index]
+            left[slot] = length[index] - n_prompt[index]
+            context[slot] = context_offset[index] + n_prompt[index]
+            n += 1
+    return n
+
+
+@njit(cache=True, nogil=True)
+def add_prompts(slot_load, request, total):  # type: ignore[no-untyped-def]
+    """Fill ``total`` [L, E] with the loads [B, L, E] of the slots that hold a request."""
+    total[:] = 0.0
+    for slot in range(request.size):
+        if request[slot] >= 0:
+            total += slot_load[slot]
+
+
+@njit(cache=True, nogil=True)
+def prefill_seconds(table, hbm, n_layers):  # type: ignore[no-untyped-def]
+    """Seconds of a prompt: the sum of ``table`` [E + 1] at each layer's experts in HBM."""
+    n_experts = hbm.size // n_layers
+    seconds = 0.0
+    for i in range(n_layers):
+        n_resident = 0
+        for e in range(n_experts):
+            n_resident += hbm[i * n_experts + e] != 0
+        seconds += table[n_resident]
+    return seconds

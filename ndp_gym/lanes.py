@@ -22,7 +22,7 @@ from ndp_gym.memory import Memory, PromptCounts, gate_profile
 from ndp_gym.outcome import Outcome
 from ndp_gym.policy import CONTEXT_NAMES
 from ndp_gym.quality import QualityModel
-from ndp_gym.schedule import IDLE, Schedule, Scheduling
+from ndp_gym.schedule import Schedule, Scheduling
 from ndp_gym.specs import MoESpec, Service, SystemSpec
 from ndp_gym.trace import RoutingTrace
 
@@ -111,6 +111,7 @@ class Lanes:
         self._memory = Memory(n_lanes, batch_size, self.shape)
         self._prompts = PromptCounts(trace, profile)
         self._prefill_tables: dict[SystemSpec, dict[int, NDArray[np.float64]]] = {system: {}}
+        self._tables = [self._prefill_tables[system]] * n_lanes
         self._loops = import_module("ndp_gym.lane_loops")  # numba comes with it
         self._services = (system.default_service,) * n_lanes
         self._recording = window_arrays(
@@ -133,6 +134,7 @@ class Lanes:
         replaces, for this episode, the one given at construction, and is not checked against KV.
         """
         self.actual[lane] = actual or self.system
+        self._tables[lane] = self._prefill_tables.setdefault(self.actual[lane], {})
         self.simulator.reset(lane, self.actual[lane])
         self._memory.forget(lane)
         self._forget_waits(lane)
@@ -247,30 +249,24 @@ class Lanes:
     def _admit(self, lane: int, slots: list[int]) -> None:
         """Prefill the requests just admitted to ``slots``: what policies learn, and its seconds."""
         memory, requests = self._memory, self.schedule.request[lane]
-        if slots:
-            hbm = self.simulator.state.hbm[lane].reshape(self.shape)
-            resident = np.count_nonzero(hbm, axis=1)
-            tables = self._prefill_tables.setdefault(self.actual[lane], {})
-        waited_s = 0.0
+        hbm, waited_s = self.simulator.state.hbm[lane], 0.0
         for slot in slots:
             index = int(requests[slot])
             memory.admit(lane, slot, *self._prompts(index))
-            table_s = self._prefill_table_s(tables, lane, index)
-            waited_s += float(table_s[resident].sum())
+            table_s = self._prefill_table_s(lane, index)
+            waited_s += self._loops.prefill_seconds(table_s, hbm, self.shape[0])
             self.waited_s[lane, slot] = waited_s
-        self.admitted[lane, slots] = True
+            self.admitted[lane, slot] = True
         self.has_admitted = self.has_admitted or bool(slots)
-        memory.settle(lane, requests != IDLE)
+        memory.settle(lane, requests)
 
     def _forget_waits(self, lanes: int | slice) -> None:
         self.admitted[lanes] = False
         self.waited_s[lanes] = 0.0
 
-    def _prefill_table_s(
-        self, tables: dict[int, NDArray[np.float64]], lane: int, index: int
-    ) -> NDArray[np.float64]:
-        """Seconds per layer by number of resident experts, kept in ``tables`` by prompt length."""
-        n_prompt = int(self.trace.requests.n_prompt[index])
+    def _prefill_table_s(self, lane: int, index: int) -> NDArray[np.float64]:
+        """Seconds per layer by number of resident experts, kept by system and prompt length."""
+        tables, n_prompt = self._tables[lane], int(self.trace.requests.n_prompt[index])
         if n_prompt not in tables:
             tables[n_prompt] = prefill_table_s(self.model, self.actual[lane], n_prompt)
         return tables[n_prompt]

@@ -45,7 +45,6 @@ class Memory:
 
     def forget(self, lane: int) -> None:
         """Start one lane's episode afresh."""
-        self._slot_load[lane] = 0
         self.loads[:, lane] = 0
         self.layer[lane] = 0
         self.has_history[lane] = False
@@ -82,10 +81,9 @@ class Memory:
         if not self.has_history[lane]:
             self.loads[2, lane] += energy
 
-    def settle(self, lane: int, live: NDArray[np.bool_]) -> None:
-        """Add up the prompts of one lane's live slots [B] after they have changed."""
-        self._slot_load[lane, ~live] = 0
-        self._slot_load[lane].sum(axis=0, out=self.prefill_load[lane])
+    def settle(self, lane: int, request: NDArray[np.int64]) -> None:
+        """Add up the prompts of one lane's slots [B] that hold a request, after they changed."""
+        self._loops.add_prompts(self._slot_load[lane], request, self.prefill_load[lane])
 
 
 class PromptCounts:

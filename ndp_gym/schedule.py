@@ -55,6 +55,10 @@ class Schedule:
         self.n_live = np.zeros(n_lanes, np.int64)
         self.generated = np.zeros(n_lanes, np.int64)
         self._loops = import_module("ndp_gym.lane_loops")  # numba comes with it
+        self._columns = tuple(
+            np.array(getattr(requests, name))  # writeable, so that one compiled version serves all
+            for name in ("start", "n_prompt", "length", "context_offset")
+        )
         self._waiting: list[IntArray] = [np.empty(0, np.int64)] * n_lanes
         self._n_waiting = np.zeros(n_lanes, np.int64)
 
@@ -79,21 +83,21 @@ class Schedule:
         if not self._n_waiting[lane]:
             return []
         slots = self.request[lane]
-        idle = np.flatnonzero(slots == IDLE)
-        if self.scheduling == "static" and idle.size < slots.size:
+        idle = np.flatnonzero(slots == IDLE).tolist()
+        if self.scheduling == "static" and len(idle) < slots.size:
             return []
-        queue, requests = self._waiting[lane], self.requests
-        first = queue.size - self._n_waiting[lane]
-        index = queue[first : first + idle.size]
-        chosen = idle[: index.size]
-        n_prompt = requests.n_prompt[index]
-        slots[chosen] = index
-        self.row[lane, chosen] = requests.start[index] + n_prompt
-        self.left[lane, chosen] = requests.length[index] - n_prompt
-        self.context[lane, chosen] = requests.context_offset[index] + n_prompt
-        self.n_live[lane] += index.size
-        self._n_waiting[lane] -= index.size
-        admitted: list[int] = chosen.tolist()
+        queue = self._waiting[lane]
+        n = self._loops.admit_slots(
+            slots,
+            self.row[lane],
+            self.left[lane],
+            self.context[lane],
+            queue[queue.size - self._n_waiting[lane] :],
+            self._columns,
+        )
+        self.n_live[lane] += n
+        self._n_waiting[lane] -= n
+        admitted: list[int] = idle[:n]
         return admitted
 
     def n_rows(self) -> IntArray:
