@@ -139,7 +139,8 @@ class Lanes:
         self._memory.forget(lane)
         self._forget_waits(lane)
         self._admit(lane, self.schedule.reset(lane, order))
-        fixed = fixed_budget_bytes(hbm_budget or self._default_budget, self.model)
+        budget = self._default_budget if hbm_budget is None else hbm_budget
+        fixed = fixed_budget_bytes(budget, self.model)
         self._is_auto[lane] = fixed is None
         self._has_auto = bool(self._is_auto.any())
         self._budgets[lane] = fixed or 0
