@@ -14,6 +14,11 @@ from ndp_gym.validation.recordings import Recordings
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "traces"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--regenerate``, which rewrites the files of ``tests/golden``."""
+    parser.addoption("--regenerate", action="store_true", help="rewrite tests/golden/*.json")
+
+
 @pytest.fixture(scope="session")
 def shared_traces() -> Path:
     """Folder of the third-party recordings; skips where it is absent."""
