@@ -14,30 +14,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ndp_gym.cost import cost_table, requantise_s
+from ndp_gym.kernel_data import Counts, Plans, Prices, Windows
 from ndp_gym.outcome import Outcome, Outputs, Summary, outcome_of, summary_of
+from ndp_gym.packing import ServiceArrays, empty_outputs, empty_state, service_arrays
 from ndp_gym.plan import nearest_width
 from ndp_gym.quality import QualityModel, rel_mse_table
 from ndp_gym.specs import MoESpec, Service, SystemSpec
-from ndp_gym.state import State, Window
+from ndp_gym.state import State
 
-if TYPE_CHECKING:
-    from ndp_gym.kernel_data import Counts, LaneState, Plans, Prices, Windows
-
-_KINDS = ("in_place", "fetch", "balance")
-_CACHES = ("none", "lru", "lfu", "fifo")
-_SCOPES = ("layer", "global")
 _PATIENCE_S = 1.5  # loading a compiled kernel takes less
 _LANES_PER_THREAD = 4  # fewer are not worth a second thread
-
-
-ServiceArrays = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.uint8]]
-"""Codes [N, 3], rates [N, 4] and widths by router rank [N, K]; columns in `ndp_gym.kernel`."""
 
 
 class Costs(NamedTuple):
@@ -52,8 +44,6 @@ class Costs(NamedTuple):
 @lru_cache(maxsize=256)
 def costs(model: MoESpec, system: SystemSpec, quality: QualityModel) -> Costs:
     """Cost tables of ``model`` on ``system`` and the stateless reference (all far, 4 bit)."""
-    from ndp_gym.kernel_data import Prices
-
     table = cost_table(model, system)
     seconds = np.zeros(17)
     if system.requantise:
@@ -61,7 +51,7 @@ def costs(model: MoESpec, system: SystemSpec, quality: QualityModel) -> Costs:
             seconds[bits] = requantise_s(model, system, bits)
     ref_bits = nearest_width(system, 4)
     errors = np.ascontiguousarray(rel_mse_table(model, system, quality), dtype=np.float64)
-    reference = _service_arrays((system.default_service,), model.top_k)
+    reference = service_arrays((system.default_service,), model.top_k)
     prices = Prices(
         table=table,
         rel_mse=errors.reshape(-1, errors.shape[-1]),
@@ -89,8 +79,8 @@ class Simulator:
         self.model, self.quality, self.n_lanes = model, quality, n_lanes
         self.shape = (model.n_layers, model.n_experts)
         self.costs = [costs(model, system, quality)] * n_lanes
-        self.state = _empty_state(n_lanes, model.n_layers * model.n_experts)
-        self._no_state = _empty_state(1, model.n_layers * model.n_experts)
+        self.state = empty_state(n_lanes, model.n_layers * model.n_experts)
+        self._no_state = empty_state(1, model.n_layers * model.n_experts)
         self._services: tuple[Sequence[Service], ServiceArrays] | None = None
         self._counts: tuple[tuple[int, ...], list[Counts]] = ((), [])
         for lane in range(n_lanes):
@@ -122,8 +112,6 @@ class Simulator:
 
         Plans are trusted: `ndp_gym.plan.check_plan` names what is wrong with one.
         """
-        from ndp_gym.kernel_data import Plans
-
         flat = (self.n_lanes, -1)
         plans = Plans(
             np.ascontiguousarray(tier, np.uint8).reshape(flat),
@@ -133,7 +121,7 @@ class Simulator:
             np.ascontiguousarray(budgets, np.int64),
         )
         n_widths = self.costs[0].prices.table.bits.size
-        outputs = _empty_outputs(self.n_lanes, self.shape, length, n_widths)
+        outputs = empty_outputs(self.n_lanes, self.shape, length, n_widths)
         for first, last in _same(self.costs):
             self._run(first, last, windows, plans, outputs)
         summaries = [cost.summary for cost in self.costs]
@@ -174,10 +162,10 @@ class Simulator:
         return kept[:n]
 
     def _service_arrays(self, services: Sequence[Service]) -> ServiceArrays:
-        """`_service_arrays` of the lanes; those of the same object as last time are kept."""
+        """`service_arrays` of the lanes; those of the same object as last time are kept."""
         if self._services is None or self._services[0] is not services:
             kept = tuple(services)
-            self._services = kept, _service_arrays(kept, self.model.top_k)
+            self._services = kept, service_arrays(kept, self.model.top_k)
         return self._services[1]
 
     def put_state(self, lane: int, state: State) -> None:
@@ -222,69 +210,6 @@ class Simulator:
         )
 
 
-def stack_windows(windows: Sequence[Window]) -> Windows:
-    """Windows over one recording, one per lane, as the kernel reads them."""
-    first = windows[0]
-    return window_arrays(
-        first.expert_ids,
-        first.gate_weights,
-        first.gate_profile,
-        np.stack([w.first_row for w in windows]),
-        np.stack([w.n_rows for w in windows]),
-        np.stack([w.context for w in windows]),
-    )
-
-
-def window_arrays(
-    expert_ids: NDArray[Any],
-    gate_weights: NDArray[np.float16] | None,
-    gate_profile: NDArray[np.float64] | None,
-    first_row: NDArray[np.int64],
-    n_rows: NDArray[np.int64],
-    context: NDArray[np.int64],
-) -> Windows:
-    """The kernel's view of a recording [T, L, K] and of each lane's slots [N, B]."""
-    from ndp_gym.kernel_data import Windows
-
-    if gate_weights is not None and gate_weights.dtype != np.float16:
-        raise ValueError(f"gate_weights must be float16, got {gate_weights.dtype}")
-    ids = _read_only(expert_ids)
-    top_k = ids.shape[2]
-    profile = (
-        np.full(top_k, 1.0 / top_k)
-        if gate_profile is None
-        else np.asarray(gate_profile, np.float64)
-    )
-    gates = np.empty((0, 0, 0), np.uint16) if gate_weights is None else gate_weights.view(np.uint16)
-    return Windows(
-        ids,
-        _read_only(gates),
-        _half(),
-        profile,
-        np.ascontiguousarray(first_row, np.int64),
-        np.ascontiguousarray(n_rows, np.int64),
-        np.ascontiguousarray(context, np.int64),
-    )
-
-
-def _read_only(array: NDArray[Any]) -> NDArray[Any]:
-    """A plain read-only view, so that files and arrays in memory share one compiled kernel."""
-    view = np.ascontiguousarray(array).view(np.ndarray)
-    view = view[:]
-    view.flags.writeable = False
-    return view
-
-
-@cache
-def _half() -> NDArray[np.float64]:
-    """[2, 32] a float16 >= 0 is (offset + fraction) * scale, both by its exponent bits."""
-    exponent = np.arange(32)
-    offset = np.where(exponent > 0, 1024.0, 0.0)
-    table = np.stack([offset, np.exp2(np.maximum(exponent, 1) - 25.0)])
-    table.flags.writeable = False
-    return table
-
-
 @contextmanager
 def _said_if_slow() -> Iterator[None]:
     """Tell the user what takes so long when the kernel has to be compiled."""
@@ -315,67 +240,3 @@ def _same(items: Sequence[Costs]) -> Iterable[tuple[int, int]]:
         if i == len(items) or items[i] is not items[first]:
             yield first, i
             first = i
-
-
-def _service_arrays(services: tuple[Service, ...], top_k: int) -> ServiceArrays:
-    """One service per lane as the kernel reads it."""
-    codes = np.empty((len(services), 3), np.int64)
-    rates = np.zeros((len(services), 4), np.float64)
-    rank_bits = np.zeros((len(services), top_k), np.uint8)
-    for lane, service in enumerate(services):
-        codes[lane] = (
-            _KINDS.index(service.kind),
-            _CACHES.index(service.cache),
-            _SCOPES.index(service.scope),
-        )
-        rates[lane, 0] = -1.0 if service.credit is None else service.credit
-        if service.prefetch is not None:
-            ahead = service.prefetch
-            rates[lane, 1:] = ahead.depth, ahead.recall, ahead.precision
-        if service.rank_bits:
-            widths = [*service.rank_bits, *[service.rank_bits[-1]] * top_k]
-            rank_bits[lane] = widths[:top_k]
-    return codes, rates, rank_bits
-
-
-def _empty_state(n_lanes: int, n: int) -> LaneState:
-    from ndp_gym.kernel_data import LaneState
-
-    u8, i64 = np.uint8, np.int64
-    return LaneState(
-        hbm=np.zeros((n_lanes, n), u8),
-        far=np.zeros((n_lanes, n), u8),
-        target=np.zeros((n_lanes, n), u8),
-        made=np.zeros((n_lanes, n), u8),
-        queue=np.zeros((n_lanes, n), np.int32),
-        cache=np.zeros((n_lanes, n), u8),
-        cache_time=np.zeros((n_lanes, n), i64),
-        cache_uses=np.zeros((n_lanes, n), i64),
-        scalars=np.zeros((n_lanes, 4), i64),
-        credit=np.zeros(n_lanes),
-    )
-
-
-def _empty_outputs(n_lanes: int, shape: tuple[int, int], length: int, n_widths: int) -> Outputs:
-    from ndp_gym.kernel_data import Planned, Replay
-
-    n = shape[0] * shape[1]
-    f8, i64, i32 = np.float64, np.int64, np.int32
-    replays = [
-        Replay(
-            layer=np.zeros((n_lanes, shape[0], 9), f8),
-            step_s=np.zeros((n_lanes, length), f8),
-            step_tokens=np.zeros((n_lanes, length), i64),
-            served=np.zeros((n_lanes, 2, n_widths), i64),
-            low_tokens=np.zeros((n_lanes, n), i32),
-            totals=np.zeros((n_lanes, 9), i64),
-        )
-        for _ in range(2)
-    ]
-    planned = Planned(
-        totals=np.zeros((n_lanes, 3), i64),
-        seconds=np.zeros((n_lanes, 2), f8),
-        counts=np.zeros((n_lanes, n), i32),
-        gate_energy=np.zeros((n_lanes, n), f8),
-    )
-    return Outputs(planned, replays[0], replays[1])

@@ -29,13 +29,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ndp_gym.batch import Simulator, window_arrays
+from ndp_gym.batch import Simulator
 from ndp_gym.budget import HbmBudget
 from ndp_gym.contenders import Contender, PolicyLike, all_far4, all_hbm_rows, contenders
 from ndp_gym.cost import expert_bytes
 from ndp_gym.inputs import ModelLike, SystemLike, TraceLike, combinations
 from ndp_gym.memory import gate_profile
 from ndp_gym.outcome import Outcome
+from ndp_gym.packing import window_arrays
 from ndp_gym.plan import FAR, HBM
 from ndp_gym.quality import QualityModel
 from ndp_gym.reward import quality_weight as weight_of

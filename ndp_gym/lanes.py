@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ndp_gym.batch import Simulator, window_arrays
+from ndp_gym.batch import Simulator
 from ndp_gym.budget import HbmBudget, auto_budgets_bytes, check_fits, fixed_budget_bytes
 from ndp_gym.cost import prefill_table_s
 from ndp_gym.memory import Memory, PromptCounts, gate_profile
 from ndp_gym.outcome import Outcome
+from ndp_gym.packing import window_arrays
 from ndp_gym.policy import CONTEXT_NAMES
 from ndp_gym.quality import QualityModel
 from ndp_gym.schedule import Schedule, Scheduling

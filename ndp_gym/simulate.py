@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ndp_gym.batch import Simulator, stack_windows
+from ndp_gym.batch import Simulator
 from ndp_gym.outcome import Outcome
+from ndp_gym.packing import stack_windows
 from ndp_gym.plan import Plan, check_plan
 from ndp_gym.quality import QualityModel
 from ndp_gym.specs import MoESpec, SystemSpec

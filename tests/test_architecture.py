@@ -19,7 +19,7 @@ ROOMS = {
     "quality": "quality",
     "cost": "cost budget",
     "plan": "plan policy bit_ladder forecast fillings allocation planners",
-    "simulate": "kernel_data kernel simulate state outcome outcome_loops batch",
+    "simulate": "kernel_data kernel simulate state outcome outcome_loops packing batch",
     "reward": "reward",
     "env": "schedule memory lane_loops lanes inputs bounds encoding decoders episodes env vector "
     "wrappers sb3 render env_docs",

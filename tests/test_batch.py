@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ndp_gym.batch import Simulator, stack_windows
+from ndp_gym.batch import Simulator
+from ndp_gym.packing import stack_windows
 from ndp_gym.simulate import initial_state, transition
 from tests.random_cases import random_case
 
