@@ -137,6 +137,20 @@ def profile_of(context: PolicyContext) -> NDArray[np.float64]:
     return context.profile
 
 
+def require_far_compute(context: PolicyContext) -> None:
+    """Check that the far device computes, for policies that leave experts there.
+
+    Raises:
+        InfeasibleError: it only stores.
+    """
+    system = context.system
+    if not system.far.can_compute:
+        raise InfeasibleError(
+            f"this policy computes experts on the far device, and that of {system.name} "
+            f"({system.far.name}) only stores"
+        )
+
+
 def future_of(context: PolicyContext) -> Future:
     """The future, for oracles.
 

@@ -18,7 +18,7 @@ ROOMS = {
     "trace_requests trace_spans trace_stats replay replay_kernel importers",
     "quality": "quality",
     "cost": "cost budget",
-    "plan": "plan policy bit_ladder forecast fillings allocation planners",
+    "plan": "plan policy predictor bit_ladder forecast fillings allocation planners",
     "simulate": "kernel_data kernel simulate state outcome outcome_loops packing batch",
     "reward": "reward",
     "env": "schedule memory lane_loops lanes inputs bounds encoding decoders episodes env vector "
