@@ -235,6 +235,7 @@ def test_random_is_drawn_from_the_seed_of_the_run_and_kept():
 def test_oracles_are_marked_and_use_the_future():
     load = random_load(7)
     assert {n for n in POLICIES if needs_future(resolve(n))} == {
+        "expertflow_cache",
         "hindsight_static",
         "oracle_hot",
         "oracle_balance",
