@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +52,14 @@ def test_every_published_system_says_whether_a_number_was_matched():
             assert f"**{label}**" in type(policy).__doc__, name
             assert "pproximated" in type(policy).__doc__ or name.startswith("monde"), name
     assert set().union(*PUBLISHED.values()) <= set(POLICIES)
+
+
+def test_the_page_of_systems_has_a_row_for_each_with_its_label():
+    page = (Path(__file__).parent.parent / "docs/systems.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for label, names in PUBLISHED.items():
+        for name in names:
+            assert any(f"`{name}`" in row and row.endswith(f"| {label} |") for row in rows), name
 
 
 @pytest.mark.parametrize(
