@@ -7,7 +7,7 @@ two placements that need no far device, so that a speed-up always says against w
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,9 +20,10 @@ from ndp_gym.inputs import Inputs, ModelLike, SystemLike, TraceLike, combination
 from ndp_gym.policy import InfeasibleError, MissingProfileError
 from ndp_gym.provenance import env_spec_json, git_commit, package_versions, spec_facts
 from ndp_gym.quality import QualityModel
+from ndp_gym.regret import add_regret, mean_bound
 from ndp_gym.results import AtQuality, Condition, EvaluationResult, Row, at_quality
 from ndp_gym.reward import quality_weight as weight_of
-from ndp_gym.rollout import Measurement, Task, run_policy, train_profile
+from ndp_gym.rollout import Measurement, Replayed, Task, Watch, run_policy, train_profile
 from ndp_gym.rows import Entry, compare, measured_row, missing_row, score_of
 from ndp_gym.schedule import Scheduling
 from ndp_gym.specs import SystemSpec
@@ -51,6 +52,7 @@ def evaluate(
     seeds: Sequence[int] = (0,),
     actual_systems: Mapping[str, SystemSpec] | None = None,
     uncertainty: int = 0,
+    bound: bool = False,
     command: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
@@ -80,6 +82,8 @@ def evaluate(
         uncertainty: samples of the uncertain constants (see `ndp_gym.uncertainty`) under which
             every policy runs again with the first seed, told the sampled system; the runs at the
             ends of the ranges come on top.
+        bound: give every row its regret to a proved upper bound of the reward (about a second per
+            window).
         command: recorded as provenance; ``None`` records ``sys.argv``.
         progress: called after every window.
 
@@ -90,47 +94,56 @@ def evaluate(
         raise ValueError(f"uncertainty must be >= 0 samples, got {uncertainty}")
     if not seeds:
         raise ValueError("seeds must hold at least one seed, got none")
-    _check_actual(actual_systems or {})
     taking_part = contenders(policies)
     rows: list[Row] = []
     quality_rows: list[AtQuality] = []
     studies: list[Study] = []
     provenance = _provenance(command, seeds)
-    for inputs in combinations(traces, models, systems):
-        _describe(inputs, provenance)
-        for actual in (actual_systems or {}).values():
-            provenance["systems"][actual.name] = spec_facts(actual)
-        profile = train_profile(inputs.trace)
-        for batch_size in batch_sizes:
-            task = Task(
-                trace=inputs.trace,
-                model=inputs.model,
-                system=inputs.system,
-                actual=(actual_systems or {}).get(inputs.system.name),
-                batch_size=batch_size,
-                window=window,
-                hbm_budget=hbm_budget,
-                split=split,
-                scheduling=scheduling,
-                quality=quality or QualityModel(),
-                quality_weight=weight_of(quality_weight),
-                max_windows=max_windows,
-                profile=profile,
-            )
-            found = _condition(taking_part, task, seeds, _facts(inputs.label, task), progress)
-            rows += found
-            quality_rows += at_quality(found)
-            if uncertainty:
-                studies.append(_study(taking_part, task, seeds, found, uncertainty, progress))
+    task_of = partial(
+        Task, window=window, hbm_budget=hbm_budget, split=split, scheduling=scheduling,
+        quality=quality or QualityModel(), quality_weight=weight_of(quality_weight),
+        max_windows=max_windows,
+    )  # fmt: skip
+    found = combinations(traces, models, systems)
+    for label, task in _tasks(found, batch_sizes, task_of, actual_systems or {}, provenance):
+        here = _condition(taking_part, task, seeds, _facts(label, task), progress, bound=bound)
+        rows += here
+        quality_rows += at_quality(here)
+        if uncertainty:
+            studies.append(_study(taking_part, task, seeds, here, uncertainty, progress))
     return EvaluationResult(
         rows=rows, at_quality=quality_rows, provenance=provenance, uncertainty=studies
     )
 
 
-def _check_actual(actual_systems: Mapping[str, SystemSpec]) -> None:
+def _tasks(
+    found: Iterable[Inputs],
+    batch_sizes: Sequence[int],
+    task_of: Callable[..., Task],
+    actual_systems: Mapping[str, SystemSpec],
+    provenance: dict[str, Any],
+) -> Iterator[tuple[str, Task]]:
+    """Label of the recording and task of every condition; each is added to the provenance."""
     for name, actual in actual_systems.items():
         if actual.name == name:
             raise ValueError(f"the actual system of {name!r} must have a name of its own")
+    for inputs in found:
+        _describe(inputs, provenance)
+        for actual in actual_systems.values():
+            provenance["systems"][actual.name] = spec_facts(actual)
+        profile = train_profile(inputs.trace)
+        for batch_size in batch_sizes:
+            yield (
+                inputs.label,
+                task_of(
+                    trace=inputs.trace,
+                    model=inputs.model,
+                    system=inputs.system,
+                    actual=actual_systems.get(inputs.system.name),
+                    batch_size=batch_size,
+                    profile=profile,
+                ),
+            )
 
 
 def _condition(
@@ -139,14 +152,21 @@ def _condition(
     seeds: Sequence[int],
     facts: dict[str, Any],
     progress: Progress | None,
+    *,
+    bound: bool,
 ) -> list[Row]:
     """All rows of one condition: baselines first, then the contenders in the order given."""
-    entries = [_entry(all_far4(), task, seeds, facts, progress)]
+    windows: list[Replayed] = []
+    watch = windows.append if bound else None
+    entries = [_entry(all_far4(), task, seeds, facts, progress, watch)]
     measured = entries[0].measurement
     assert measured is not None
     others = [*all_hbm_rows(measured.min_budget_bytes, task.profile), *named]
     entries += [_entry(other, task, seeds, facts, progress) for other in others]
     compare(entries)
+    if bound:
+        report = None if progress is None else partial(progress, "bound")
+        add_regret(entries, mean_bound(task, windows, report))
     return [entry.row for entry in entries]
 
 
@@ -156,11 +176,12 @@ def _entry(
     seeds: Sequence[int],
     facts: dict[str, Any],
     progress: Progress | None,
+    watch: Watch | None = None,
 ) -> Entry:
     """The row of one contender and the measurement behind it."""
     name = contender.name
     try:
-        pooled, used = _measure(contender, task, seeds, progress)
+        pooled, used = _measure(contender, task, seeds, progress, watch)
     except (InfeasibleError, MissingProfileError) as error:
         validity = "infeasible" if isinstance(error, InfeasibleError) else "n/a"
         return Entry(row=missing_row(name, validity, str(error), facts), measurement=None)
@@ -168,12 +189,16 @@ def _entry(
 
 
 def _measure(
-    contender: Contender, task: Task, seeds: Sequence[int], progress: Progress | None
+    contender: Contender,
+    task: Task,
+    seeds: Sequence[int],
+    progress: Progress | None,
+    watch: Watch | None,
 ) -> tuple[Measurement, list[int]]:
     """Run one contender once, or once per seed if it draws random numbers -> pooled, seeds used."""
     label = f"{contender.name}, batch {task.batch_size}"
     report = None if progress is None else partial(progress, label)
-    pooled = run_policy(contender.make(), task, seed=seeds[0], progress=report)
+    pooled = run_policy(contender.make(), task, seed=seeds[0], progress=report, watch=watch)
     used = list(seeds) if pooled.used_rng else [seeds[0]]
     for seed in used[1:]:
         pooled.add(run_policy(contender.make(), task, seed=seed, progress=report))

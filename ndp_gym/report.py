@@ -84,6 +84,7 @@ COLUMNS = (
     Column("bits", r"bits", lambda r: _fixed(r["mean_bits"], 1), 0),
     Column("hit %", r"hit \%", lambda r: _percent(r["hit_rate"]), 0),
     Column("reward", r"reward", lambda r: _fixed(r["reward"], 3), 0),
+    Column("regret", r"regret", lambda r: _fixed(r["regret"], 3), 0),
     Column("p50 ms", r"p50 ms", lambda r: _scaled(r["decode_step_p50_s"], 1e3), 112),
     Column("p99 ms", r"p99 ms", lambda r: _scaled(r["decode_step_p99_s"], 1e3), 112),
     Column("TTFT s", r"TTFT s", lambda r: _number(r["ttft_s"]), 122),
@@ -91,6 +92,12 @@ COLUMNS = (
     Column("busy % G/F/L", r"busy \% G/F/L", _busy, 142),
     Column("decide ms", r"decide ms", lambda r: _number(r["decision_ms"], 2), 154),
 )
+
+
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    """All columns, regret only where it was asked for."""
+    has_regret = any(row["regret"] is not None for row in rows)
+    return [c for c in COLUMNS if has_regret or c.head != "regret"]
 
 
 def print_tables(result: EvaluationResult, *, width: int | None = None) -> None:
@@ -121,7 +128,7 @@ def _table(rows: Sequence[Row], width: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    columns = [c for c in COLUMNS if c.from_width <= width]
+    columns = [c for c in _columns(rows) if c.from_width <= width]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption=MODELED)
     table.caption_justify = "left"
     table.add_column("policy", no_wrap=True)
@@ -155,6 +162,9 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
     for text, policies in by_text.items():
         who = "all rows" if len(policies) == len(rows) else ", ".join(policies)
         lines.append(f"  {who}: {text}")
+    bound = next((r["reward_bound"] for r in rows if r["reward_bound"] is not None), None)
+    if bound is not None:
+        lines.append(f"  regret: to a proved upper bound of the reward, {bound:.3f}")
     winner = all_hbm_winner(rows)
     if winner is not None:
         lines.append(f"  {PLACEMENT_UNNECESSARY}: {winner['policy']} has the highest reward")
@@ -207,7 +217,7 @@ def write_latex(result: EvaluationResult, path: str | os.PathLike[str]) -> None:
 
 
 def _tabular(rows: Sequence[Row]) -> str:
-    columns = [c for c in COLUMNS if c.head != "decide ms"]
+    columns = [c for c in _columns(rows) if c.head != "decide ms"]
     head = " & ".join(["policy", *(c.latex for c in columns)])
     lines = [f"% {MODELED}", rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
     lines += [rf"{head} \\", r"\midrule"]

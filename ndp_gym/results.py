@@ -33,6 +33,10 @@ class Row(TypedDict):
     weighted. ``byte_hit_rate`` is the share of expert-weight bytes read from copies that were in
     HBM already. ``hbm_budget_bytes`` is the smallest of the run.
 
+    ``reward_bound`` is a proved upper bound (`ndp_gym.bound`) of the mean reward over the row's
+    windows and ``regret`` what is missing to it; ``None`` where not asked for, and for services
+    that prefetch, which it does not cover.
+
     ``order_flips_with`` names the policies whose order with this one (by reward) is not the same
     all over the ranges of ``uncertainty``; ``None`` where that was not asked for.
 
@@ -75,6 +79,8 @@ class Row(TypedDict):
     reward: float | None
     reward_throughput: float | None
     reward_quality: float | None
+    reward_bound: float | None
+    regret: float | None
     n_repaired: int | None
     requantise_s: float | None
     decision_ms: float | None

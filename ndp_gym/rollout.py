@@ -124,6 +124,7 @@ class Measurement:
         gates: how gate weights were obtained.
         used_rng: whether the policy drew random numbers, so that another seed may differ.
         sees_future: whether the policy is an oracle.
+        prefetches: whether a plan's service prefetched.
         n_runs: runs pooled.
     """
 
@@ -140,6 +141,7 @@ class Measurement:
     gates: str = ""
     used_rng: bool = False
     sees_future: bool = False
+    prefetches: bool = False
     n_runs: int = 1
 
     def add(self, other: Measurement) -> None:
@@ -215,6 +217,7 @@ def _window(
     plan = policy(observation)
     result.decision_s.append(time.perf_counter() - before)
     check_plan(plan, task.model, task.system)
+    result.prefetches |= plan.service is not None and plan.service.prefetch is not None
     budget_bytes = int(lanes.budgets()[0])
     result.min_budget_bytes = min(result.min_budget_bytes, budget_bytes)
     schedule = lanes.schedule

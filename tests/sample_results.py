@@ -45,6 +45,8 @@ def sample_row(policy: str, **changes: Any) -> Row:
         reward=0.0,
         reward_throughput=0.0,
         reward_quality=0.0,
+        reward_bound=None,
+        regret=None,
         n_repaired=0,
         requantise_s=0.0,
         decision_ms=0.12,

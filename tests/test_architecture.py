@@ -20,10 +20,10 @@ ROOMS = {
     "cost": "cost budget",
     "plan": "plan policy predictor bit_ladder forecast fillings allocation planners",
     "simulate": "kernel_data kernel simulate state outcome outcome_loops packing batch",
-    "reward": "reward",
+    "reward": "reward bound bound_loops exhaustive",
     "env": "schedule memory lane_loops lanes inputs bounds encoding decoders episodes env vector "
     "wrappers sb3 render env_docs",
-    "evaluate": "statistics provenance contenders results rows rollout explain evaluation "
+    "evaluate": "statistics provenance contenders results rows rollout regret explain evaluation "
     "uncertainty figure report report_uncertainty tracking "
     "validation bench bench_large",
     "cli": "commands cli __main__",

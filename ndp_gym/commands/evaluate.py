@@ -49,6 +49,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--seeds", metavar="N", type=int, default=1, help="seeds of random policies (default: 1)")
     add("--uncertainty", metavar="N", type=int, default=0,
         help="also run all under N samples of the uncertain constants")  # fmt: skip
+    add("--bound", action="store_true",
+        help="show the regret to a proved upper bound of the reward (slow)")  # fmt: skip
     for name in _FORMATS:
         add(f"--{name}", metavar="F", type=Path, help=f"write {name} to F")
     add("--out", metavar="DIR", type=Path, help="write everything into DIR")
@@ -77,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
             max_windows=args.max_windows,
             seeds=range(_at_least_one("--seeds", args.seeds)),
             uncertainty=args.uncertainty,
+            bound=args.bound,
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             progress=progress,
         )
