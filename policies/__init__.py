@@ -16,7 +16,7 @@ POLICIES: dict[str, str] = {
     "context_aware": "policies.context_aware:ContextAware",
     "ema": "policies.ema:Ema",
     "expertflow": "policies.expertflow:ExpertFlow",
-    "expertflow_cache": "policies.expertflow_cache:ExpertFlowCache",
+    "expertflow_cache": "policies.expertflow_cache:OracleExpertFlowCache",
     "fiddler": "policies.fiddler:Fiddler",
     "hindsight_static": "policies.hindsight_static:OracleHindsightStatic",
     "hobbit": "policies.hobbit:Hobbit",

@@ -11,7 +11,7 @@ from ndp_gym.specs import Service
 
 
 @dataclass(eq=False)
-class ExpertFlowCache:
+class OracleExpertFlowCache:
     """arXiv 2410.17954: a small transformer tells the path of a batch through all L x E experts.
 
     HBM slots go to the layers by predicted demand: the most used experts over all layers. What is
@@ -26,7 +26,6 @@ class ExpertFlowCache:
     """
 
     label: ClassVar[str] = "mechanism"
-    needs_future: ClassVar[bool] = True
     bits: int = 4
     accuracy: float = 0.925
 

@@ -10,6 +10,7 @@ import pytest
 from ndp_gym import presets
 from ndp_gym.bit_ladder import exact_widths
 from ndp_gym.cost import cost_table, uniform_distinct
+from ndp_gym.evaluation import evaluate
 from ndp_gym.plan import FAR, HBM
 from ndp_gym.policy import InfeasibleError, MissingProfileError, PolicyContext, resolve
 from ndp_gym.predictor import accuracy_at, degraded, prefetch_at
@@ -314,3 +315,27 @@ def test_a_degraded_oracle_has_the_stated_recall_and_precision():
     assert (told[right] == counts[right]).all()
     assert np.array_equal(degraded(counts, 1.0, 1.0, rng), counts)
     assert not degraded(counts, 0.0, 0.5, rng).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens_per_s"),
+    [
+        # Mixtral-8x7B on the seed's simulator: 61.6 tok/s of the seed policy at 3 bit over 9.11
+        ("monde", 61.6 / 9.11),
+        ("monde_seed", 7.41),
+        # 81.5 tok/s at 2 bit over 17.0
+        ("hobbit", 81.5 / 17.0),
+        ("context_aware", 61.6),
+        ("context_aware:bits=2", 81.5),
+    ],
+)
+def test_a_matched_policy_runs_at_the_speed_of_its_row_in_the_validation_table(
+    mixtral_trace, name, tokens_per_s
+):
+    # The table pools all requests at one context; here it is the test split, at its own contexts,
+    # with residents from the train split.
+    rows = evaluate(
+        name, mixtral_trace, systems="seed_sim", batch_sizes=(1,), hbm_budget=0.5, max_windows=100
+    )
+    found = next(row for row in rows if row["policy"] == name)
+    assert found["tokens_per_s"] == pytest.approx(tokens_per_s, rel=0.06)
