@@ -65,7 +65,9 @@ def _draw_front(axes: Axes, rows: Sequence[Row]) -> None:
         if loss is None or speed is None:
             continue
         on_front = any(row is other for other in front)
-        axes.scatter(loss, speed, s=18, color="#e45756" if on_front else "#9d9d9d", zorder=3)
+        marker = "x" if row["sees_future"] else "o"
+        colour = "#e45756" if on_front else "#9d9d9d"
+        axes.scatter(loss, speed, s=18, color=colour, marker=marker, zorder=3)
         axes.annotate(
             str(place), (loss, speed), xytext=(3, 2), textcoords="offset points", fontsize=7
         )
@@ -76,7 +78,7 @@ def _draw_front(axes: Axes, rows: Sequence[Row]) -> None:
         color="#e45756",
         linewidth=1,
     )
-    axes.set_xlabel("ΔNLL (nats); red: Pareto front", fontsize=8)
+    axes.set_xlabel("ΔNLL (nats); red: Pareto front; crosses see the future", fontsize=8)
     axes.set_ylabel("tokens per second", fontsize=8)
     axes.set_xscale("symlog", linthresh=0.01)
     axes.set_xlim(left=0.0)

@@ -243,8 +243,17 @@ def _ranked(rows: Sequence[Row]) -> list[Row]:
 
 
 def pareto_front(rows: Sequence[Row]) -> list[Row]:
-    """Rows that no other row beats in both tokens per second and ΔNLL, by rising ΔNLL."""
-    known = [r for r in rows if r["tokens_per_s"] is not None and r["delta_nll_nats"] is not None]
+    """Rows that no other row beats in both tokens per second and ΔNLL, by rising ΔNLL.
+
+    Policies that see the future are left out.
+    """
+    known = [
+        row
+        for row in rows
+        if row["tokens_per_s"] is not None
+        and row["delta_nll_nats"] is not None
+        and not row["sees_future"]
+    ]
     known.sort(key=lambda r: (r["delta_nll_nats"] or 0.0, -(r["tokens_per_s"] or 0.0)))
     front: list[Row] = []
     for row in known:
