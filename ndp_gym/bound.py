@@ -4,15 +4,14 @@ It is clairvoyant, counts the overlap of GPU and far device, and lets copies arr
 a window a pinned copy arrives once and stays, as in the simulator. No plan, state or service of the
 kernel earns more, except services that prefetch, which hide copies behind other layers.
 
-The logarithm of time is bounded by its tangents (`_minimum`), time at a fixed price by Lagrangian
-relaxation (`_Prices`): whatever the multipliers are the result is a bound; the search only
-makes it tight.
+Time at a fixed price is bounded by Lagrangian relaxation (`_Prices.value`), its logarithm from such
+bounds at several prices (`_Prices.minimum`): whatever the multipliers are the result is a bound;
+the search only makes it tight.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -42,14 +41,14 @@ class Effort:
     Attributes:
         steps: subgradient steps at the first price of time; further prices start from there.
         more_steps: subgradient steps at each further price.
-        tolerance: stop refining the prices of time at this gain, in nats.
+        resolution: prices of time are not told apart below this log ratio.
         max_prices: prices of time at most.
     """
 
     steps: int = 80
     more_steps: int = 25
-    tolerance: float = 1e-3
-    max_prices: int = 14
+    resolution: float = 0.02
+    max_prices: int = 16
 
 
 class WindowBound(NamedTuple):
@@ -79,6 +78,7 @@ class _Facts(NamedTuple):
     codes: IntArray  # [X] layer * E + expert
     n_steps: int
     n_cells: int
+    reference_s: float
     reference: float  # log T + lambda D of the reference
 
 
@@ -121,8 +121,8 @@ def window_bound(
     best: WindowBound | None = None
     for kind in kinds:
         search = _Prices(facts, kind, float(budget_bytes), effort or Effort())
-        floor = -np.inf if best is None else facts.reference - best.reward
-        reward = facts.reference - search.minimum(floor) + SLACK
+        enough = np.inf if best is None else facts.reference - best.reward
+        reward = facts.reference - search.minimum(enough) + SLACK
         if best is None or reward > best.reward:
             pinned = np.zeros((model.n_layers, model.n_experts), np.uint8)
             pinned.reshape(-1)[facts.codes] = search.pinned_bits()
@@ -157,24 +157,20 @@ class _Prices:
     def minimum(self, enough: float) -> float:
         """A lower bound of log T + lambda D over all plans; may stop once above ``enough``.
 
-        log T = min over u of u T - log u - 1, so that min over plans of log T + lambda D is the
-        minimum over u of V(u) - log u - 1, where V(u) = min over plans of u T + lambda D is
-        concave: between two prices it lies above its chord.
+        Every V(u) <= u T + lambda D bounds lambda D from below by V(u) - u T. The logarithm plus
+        the largest of these lines is concave between the points where lines cross, so that its
+        least value stands at one of them.
         """
         facts = self.facts
-        slowest = np.exp(facts.reference)  # slower plans are worse than the reference
-        ends = 1.0 / slowest, 1.0 / facts.outside_s
-        middle = float(np.sqrt(ends[0] * ends[1]))
-        points = {u: self.value(u) for u in (middle, *ends)}
+        prices = [share / facts.reference_s for share in _FIRST_PRICES]
+        values = [self.value(u) for u in prices]
         while True:
-            prices = sorted(points)
-            gaps = [_chord_minimum(a, b, points) for a, b in pairwise(prices)]
-            lowest, at = min(gaps)
-            here = min(points[u] - np.log(u) - 1.0 for u in prices)
-            done = here - lowest < self.effort.tolerance or len(points) >= self.effort.max_prices
-            if done or lowest > enough or at in points:
-                return min(float(lowest), facts.reference)
-            points[at] = self.value(at)
+            lowest, price = _least(prices, values, facts.outside_s)
+            is_new = min(abs(np.log(price / u)) for u in prices) > self.effort.resolution
+            if not is_new or lowest > enough or len(prices) >= self.effort.max_prices:
+                return lowest
+            prices.append(price)
+            values.append(self.value(price))
 
     def value(self, u: float) -> float:
         """A lower bound of min over plans of u T + lambda D, the best of all steps."""
@@ -274,11 +270,27 @@ class _Prices:
         )
 
 
-def _chord_minimum(a: float, b: float, points: dict[float, float]) -> tuple[float, float]:
-    """Least value over u in [a, b] of chord(u) - log u - 1, and where."""
-    slope = (points[b] - points[a]) / (b - a)
-    at = min(max(1.0 / slope, a), b) if slope > 0 else b
-    return points[a] + slope * (at - a) - float(np.log(at)) - 1.0, at
+_FIRST_PRICES = (1.0, 2.0, 4.0, 12.0, 300.0)  # of a second, times that of the reference's log
+
+
+def _least(prices: list[float], values: list[float], fastest_s: float) -> tuple[float, float]:
+    """Least log T + max over i of (values_i - prices_i T, 0) for T >= fastest, and a price there.
+
+    The price lies between those of the two lines that cross there: the next one to try.
+    """
+    u, v = np.array([0.0, *prices]), np.array([0.0, *values])
+    order = np.argsort(u)
+    u, v = u[order], v[order]
+    i, j = np.triu_indices(u.size, 1)
+    crossings = (v[j] - v[i]) / (u[j] - u[i])
+    seconds = np.append(crossings[crossings > fastest_s], fastest_s)
+    lines = v - seconds[:, None] * u
+    objective = np.log(seconds) + lines.max(axis=1)
+    at = int(np.argmin(objective))
+    near = np.flatnonzero(lines[at] >= lines[at].max() - 1e-9)
+    low, high = u[near[0]], u[near[-1]]
+    price = float(np.sqrt(low * high)) if low > 0 else 1.0 / float(seconds[at])
+    return float(objective[at]), price
 
 
 def _facts(
@@ -304,7 +316,7 @@ def _facts(
     far_s = np.maximum(table.far_weight_s, rows) + crossing
     gpu_s = np.broadcast_to(table.gpu_weight_s, far_s.shape)
     codes, first = np.unique(expert, return_index=True)
-    outside_s, reference = _outside_and_reference(window, model, system, quality, weight)
+    outside_s, reference_s, ref_nats = _outside_and_reference(window, model, system, quality)
     return _Facts(
         outside_s=outside_s,
         table=table,
@@ -316,7 +328,8 @@ def _facts(
         codes=codes,
         n_steps=int(window.n_rows.max()),
         n_cells=len(tokens) * model.n_layers,
-        reference=reference,
+        reference_s=reference_s,
+        reference=float(np.log(reference_s)) + weight * ref_nats,
     )
 
 
@@ -339,14 +352,14 @@ def _counts(window: Window, model: MoESpec) -> tuple[IntArray, FloatArray]:
 
 
 def _outside_and_reference(
-    window: Window, model: MoESpec, system: SystemSpec, quality: QualityModel, weight: float
-) -> tuple[float, float]:
-    """Seconds outside the experts, which no plan changes, and log T + lambda D of the reference."""
+    window: Window, model: MoESpec, system: SystemSpec, quality: QualityModel
+) -> tuple[float, float, float]:
+    """Seconds outside the experts, which no plan changes; the reference's seconds and nats."""
     everything = np.iinfo(np.int64).max
     _, outcome = transition(
         initial_state(model, system), all_far(model, system), window, model, system,
         budget_bytes=everything, quality=quality,
     )  # fmt: skip
     experts_s = outcome.gpu_s.sum() + outcome.stall_s.sum()
-    reference = np.log(outcome.ref_decode_s) + weight * outcome.ref_delta_nll
-    return float(outcome.step_s.sum() - experts_s), float(reference)
+    outside_s = float(outcome.step_s.sum() - experts_s)
+    return outside_s, float(outcome.ref_decode_s), float(outcome.ref_delta_nll)

@@ -20,7 +20,7 @@ from ndp_gym.inputs import Inputs, ModelLike, SystemLike, TraceLike, combination
 from ndp_gym.policy import InfeasibleError, MissingProfileError
 from ndp_gym.provenance import env_spec_json, git_commit, package_versions, spec_facts
 from ndp_gym.quality import QualityModel
-from ndp_gym.regret import add_regret, mean_bound
+from ndp_gym.regret import add_regret, bounds_of
 from ndp_gym.results import AtQuality, Condition, EvaluationResult, Row, at_quality
 from ndp_gym.reward import quality_weight as weight_of
 from ndp_gym.rollout import Measurement, Replayed, Task, Watch, run_policy, train_profile
@@ -166,7 +166,7 @@ def _condition(
     compare(entries)
     if bound:
         report = None if progress is None else partial(progress, "bound")
-        add_regret(entries, mean_bound(task, windows, report))
+        add_regret(entries, bounds_of(task, windows, report))
     return [entry.row for entry in entries]
 
 

@@ -162,9 +162,11 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
     for text, policies in by_text.items():
         who = "all rows" if len(policies) == len(rows) else ", ".join(policies)
         lines.append(f"  {who}: {text}")
-    bound = next((r["reward_bound"] for r in rows if r["reward_bound"] is not None), None)
-    if bound is not None:
-        lines.append(f"  regret: to a proved upper bound of the reward, {bound:.3f}")
+    bounds = sorted({f"{r['reward_bound']:.3f}" for r in rows if r["reward_bound"] is not None})
+    if bounds:
+        lines.append(
+            f"  regret: to proved upper bounds of the reward by service, {', '.join(bounds)}"
+        )
     winner = all_hbm_winner(rows)
     if winner is not None:
         lines.append(f"  {PLACEMENT_UNNECESSARY}: {winner['policy']} has the highest reward")

@@ -34,8 +34,9 @@ class Row(TypedDict):
     HBM already. ``hbm_budget_bytes`` is the smallest of the run.
 
     ``reward_bound`` is a proved upper bound (`ndp_gym.bound`) of the mean reward over the row's
-    windows and ``regret`` what is missing to it; ``None`` where not asked for, and for services
-    that prefetch, which it does not cover.
+    windows for any plans with the kinds of service it used, and ``regret`` what is missing to it;
+    ``reward_bound_any_service`` holds for every row without prefetch. ``None`` where not asked
+    for; rows that prefetch have no bound and no regret.
 
     ``order_flips_with`` names the policies whose order with this one (by reward) is not the same
     all over the ranges of ``uncertainty``; ``None`` where that was not asked for.
@@ -81,6 +82,7 @@ class Row(TypedDict):
     reward_quality: float | None
     reward_bound: float | None
     regret: float | None
+    reward_bound_any_service: float | None
     n_repaired: int | None
     requantise_s: float | None
     decision_ms: float | None

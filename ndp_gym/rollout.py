@@ -124,7 +124,7 @@ class Measurement:
         gates: how gate weights were obtained.
         used_rng: whether the policy drew random numbers, so that another seed may differ.
         sees_future: whether the policy is an oracle.
-        prefetches: whether a plan's service prefetched.
+        services: kinds of service that plans used, and "prefetch" where one did.
         n_runs: runs pooled.
     """
 
@@ -141,7 +141,7 @@ class Measurement:
     gates: str = ""
     used_rng: bool = False
     sees_future: bool = False
-    prefetches: bool = False
+    services: set[str] = field(default_factory=set)
     n_runs: int = 1
 
     def add(self, other: Measurement) -> None:
@@ -157,6 +157,7 @@ class Measurement:
         for name, values in other.terms.items():
             self.terms[name] += values
         self.min_budget_bytes = min(self.min_budget_bytes, other.min_budget_bytes)
+        self.services |= other.services
         self.n_runs += other.n_runs
 
 
@@ -217,7 +218,8 @@ def _window(
     plan = policy(observation)
     result.decision_s.append(time.perf_counter() - before)
     check_plan(plan, task.model, task.system)
-    result.prefetches |= plan.service is not None and plan.service.prefetch is not None
+    service = plan.service or task.system.default_service
+    result.services |= {service.kind} | ({"prefetch"} if service.prefetch is not None else set())
     budget_bytes = int(lanes.budgets()[0])
     result.min_budget_bytes = min(result.min_budget_bytes, budget_bytes)
     schedule = lanes.schedule

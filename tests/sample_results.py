@@ -47,6 +47,7 @@ def sample_row(policy: str, **changes: Any) -> Row:
         reward_quality=0.0,
         reward_bound=None,
         regret=None,
+        reward_bound_any_service=None,
         n_repaired=0,
         requantise_s=0.0,
         decision_ms=0.12,

@@ -75,7 +75,7 @@ def tiny(seed: int) -> tuple[MoESpec, SystemSpec, Window, int]:
 def test_bound_is_above_the_exhaustive_optimum_of_every_service(seed: int) -> None:
     model, system, window, budget = tiny(seed)
     kinds = ("in_place", "balance", "fetch") if system.far.can_compute else ("fetch",)
-    bounds = []
+    bounds, rewards = [], []
     for kind in kinds:
         service = Service(kind=kind)  # type: ignore[arg-type]
         best = best_plan(window, model, system, budget_bytes=budget, service=service)
@@ -83,8 +83,9 @@ def test_bound_is_above_the_exhaustive_optimum_of_every_service(seed: int) -> No
         assert best.reward <= bound.reward
         assert bound.kind == kind
         bounds.append(bound.reward)
+        rewards.append(best.reward)
     together = window_bound(window, model, system, budget_bytes=budget)
-    assert together.reward == pytest.approx(max(bounds), abs=0.02)
+    assert max(rewards) <= together.reward <= max(bounds) + 1e-9
 
 
 @pytest.mark.parametrize("budget", [0, 7000, 10**6])
@@ -146,7 +147,11 @@ def test_every_row_of_an_evaluation_has_its_regret() -> None:
         assert row["reward_bound"] is not None
         assert row["regret"] == pytest.approx(row["reward_bound"] - row["reward"])
         assert row["reward"] < row["reward_bound"]
-    assert rows["all_far4"]["reward_bound"] == rows["lru"]["reward_bound"]
+    bounds = [rows[name]["reward_bound"] for name in ("all_far4", "balance", "lru")]
+    assert bounds[0] == bounds[1] != bounds[2]
+    most = rows["lru"]["reward_bound_any_service"]
+    assert most is not None
+    assert most >= max(bound for bound in bounds if bound is not None)
 
 
 class Prefetching(Lru):
@@ -165,6 +170,6 @@ def test_table_shows_regret_only_where_it_was_asked_for(
     print_tables(EvaluationResult(rows=rows), width=150)
     text = capsys.readouterr().out
     assert "0.432" in text
-    assert "regret: to a proved upper bound of the reward, 0.500" in text
+    assert "regret: to proved upper bounds of the reward by service, 0.500" in text
     print_tables(EvaluationResult(rows=rows[:1]), width=150)
     assert "regret" not in capsys.readouterr().out
