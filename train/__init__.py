@@ -1,0 +1,1 @@
+"""Experiments: one script or package each, run as ``python -m train.NAME``."""
