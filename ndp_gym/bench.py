@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class BenchRow:
 def rows() -> Iterator[BenchRow]:
     """All figures, one after the other."""
     for name in ("mixtral-8x7b", "deepseek-v2-lite"):
-        yield kernel_rate(name)
+        yield from kernel_rates(name)
     yield vector_rate()
     yield step_overhead()
     yield from large_file()
@@ -87,7 +88,7 @@ def random_trace(model: MoESpec, *, n_requests: int, n_prompt: int, n_decode: in
     return RoutingTrace.from_arrays(ids, requests, metadata, gate_weights=gates)
 
 
-def kernel_rate(model_name: str) -> BenchRow:
+def kernel_rates(model_name: str) -> Iterator[BenchRow]:
     """Routed (token, layer, expert) per second of one core inside the kernel, plans changing."""
     from ndp_gym import kernel
 
@@ -95,23 +96,50 @@ def kernel_rate(model_name: str) -> BenchRow:
     trace = random_trace(model, n_requests=32, n_prompt=16, n_decode=16 * WINDOW)
     lanes = Lanes(trace, model, presets.system(SYSTEM), batch_size=BATCH_SIZE, window=WINDOW)
     plans = _plans(lanes, 8)
-    rates = []
-    with _timed(kernel, "run_lanes") as spent:
+    whole, reference = [], []
+
+    def clocked(run: Callable[..., object], *args: Any) -> None:
+        whole.append(_clock_s(lambda: run(*args)))
+        reference.append(_reference_s(*args))
+
+    with _replaced(kernel, "run_lanes", clocked):
         for _ in range(6):
             lanes.reset(0, np.arange(32))
             window = 0
             while not lanes.is_done[0]:
-                before = spent[0]
-                outcome = lanes.advance(*plans[window % len(plans)])
-                rates.append(int(outcome.routed[0]) / (spent[0] - before))
+                lanes.advance(*plans[window % len(plans)])
                 window += 1
-    return BenchRow(
-        name=f"routed experts per second, {model_name}, reference replay included",
-        value=float(np.median(rates[8:])),
-        unit="1/s",
-        baseline=_bincount_rate(trace, model),
-        baseline_name="numpy.bincount of the same ids, no accounting",
-    )
+    n_routed = BATCH_SIZE * WINDOW * model.n_layers * model.top_k
+    baseline = _bincount_rate(trace, model)
+    seconds = np.array([whole, np.subtract(whole, reference)])[:, 8:]
+    for name, value in zip(("with", "without"), np.median(seconds, axis=1), strict=True):
+        yield BenchRow(
+            name=f"routed experts per second, {model_name}, {name} reference replay",
+            value=n_routed / float(value),
+            unit="1/s",
+            baseline=baseline,
+            baseline_name="numpy.bincount of the same ids, no accounting",
+        )
+
+
+def _reference_s(first: int, _last: int, windows: Any, *args: Any) -> float:
+    """Seconds of the stateless reference alone, on the arguments of one `run_lanes` call."""
+    from ndp_gym import kernel
+
+    _, prices, _, no_state, counts, _, replay, _ = args
+    n_layers = windows.expert_ids.shape[1]
+    scratch = type(replay)(*(np.zeros_like(array) for array in replay))
+    room = np.zeros(n_layers, np.int64), np.int64(0)
+    total = np.zeros(counts.tokens.shape[1], np.int32)
+    kernel.count_window(windows, first, total.size // n_layers, counts)
+    started = time.perf_counter()
+    kernel.replay_window(
+        windows, first, counts, prices.ref_place, prices.ref_service, prices.ref_rates,
+        prices.ref_rank_bits, room, prices, no_state, np.int64(0), scratch,
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    kernel.collect_counts(counts, total, np.zeros(total.size))
+    return seconds
 
 
 def _bincount_rate(trace: RoutingTrace, model: MoESpec) -> float:
@@ -307,17 +335,22 @@ def _mixtral_file() -> Iterator[dict[str, Any]]:
 @contextmanager
 def _timed(module: Any, name: str) -> Iterator[list[float]]:
     """Seconds spent so far in ``module.name``, called from one thread, as a list of one."""
-    function, spent = getattr(module, name), [0.0]
+    spent = [0.0]
 
-    def timed(*args: Any) -> Any:
-        started = time.perf_counter()
-        result = function(*args)
-        spent[0] += time.perf_counter() - started
-        return result
+    def timed(function: Callable[..., object], *args: Any) -> None:
+        spent[0] += _clock_s(lambda: function(*args))
 
-    setattr(module, name, timed)
-    try:
+    with _replaced(module, name, timed):
         yield spent
+
+
+@contextmanager
+def _replaced(module: Any, name: str, wrapper: Callable[..., None]) -> Iterator[None]:
+    """Call ``wrapper(function, *args)`` in place of ``module.name``."""
+    function = getattr(module, name)
+    setattr(module, name, partial(wrapper, function))
+    try:
+        yield
     finally:
         setattr(module, name, function)
 
