@@ -19,18 +19,18 @@ def fixed_budget_bytes(hbm_budget: HbmBudget, model: MoESpec) -> int | None:
     Raises:
         ValueError: neither bytes, share nor ``"auto"``.
     """
-    if hbm_budget == "auto":
+    if isinstance(hbm_budget, str) and hbm_budget == "auto":
         return None
-    if isinstance(hbm_budget, bool | str):
-        raise ValueError(
-            f"hbm_budget must be bytes, a share in (0, 1] or 'auto', got {hbm_budget!r}"
-        )
-    if isinstance(hbm_budget, float):
+    if isinstance(hbm_budget, float | np.floating):
         if not 0 < hbm_budget <= 1:
             raise ValueError(
                 f"hbm_budget as a float is a share in (0, 1] (bytes are an int), got {hbm_budget}"
             )
-        return int(hbm_budget * model.routed_bytes16)
+        return int(float(hbm_budget) * model.routed_bytes16)
+    if isinstance(hbm_budget, bool) or not isinstance(hbm_budget, int | np.integer):
+        raise ValueError(
+            f"hbm_budget must be bytes, a share in (0, 1] or 'auto', got {hbm_budget!r}"
+        )
     if hbm_budget < 0:
         raise ValueError(f"hbm_budget must be >= 0 bytes, got {hbm_budget}")
     return int(hbm_budget)

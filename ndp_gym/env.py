@@ -126,7 +126,7 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
     | `hbm_budget` | `0.10` | HBM for experts: bytes (int), share of all routed-expert bytes at 16 bit (float), `"auto"` (what KV leaves over), or `[low, high]`: a share drawn log-uniformly per episode |
     | `split` | `"train"` | requests of `"train"`, `"val"` or `"test"` |
     | `scheduling` | `"continuous"` | `"continuous"` batching, or `"static"`: refill when all slots have ended |
-    | `max_windows` | `64` | windows per episode |
+    | `max_windows` | `64` | windows per episode; `None`: until the requests have ended |
     | `action` | `"scores"` | encoding: `"scores"`, `"placement"`, `"knobs"` |
     | `quality_weight` | `"balanced"` | price of quality: a name or a number in 1/nat |
     | `render_mode` | `None` | `"ansi"`: `render()` returns the placement as text |
@@ -161,7 +161,7 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
         hbm_budget: HbmBudget | Sequence[float] = 0.10,
         split: str = "train",
         scheduling: Scheduling = "continuous",
-        max_windows: int = 64,
+        max_windows: int | None = 64,
         action: str = "scores",
         quality_weight: str | float = "balanced",
         render_mode: str | None = None,
@@ -214,7 +214,11 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
         """
         if self._needs_reset:
             raise ResetNeeded("the episode has ended or not begun: call reset()")
-        stepped = self.episodes.step(np.asarray(action)[None])
+        action = np.asarray(action)
+        if action.shape != self.action_space.shape:
+            shape = self.action_space.shape
+            raise ValueError(f"action must have shape {shape}, got {action.shape}")
+        stepped = self.episodes.step(action[None])
         truncated = bool(stepped.truncated[0])
         self._needs_reset = truncated
         info = {

@@ -21,7 +21,7 @@ from ndp_gym.lanes import Lanes, Observations
 from ndp_gym.outcome import Outcome
 from ndp_gym.reward import quality_weight as weight_of
 from ndp_gym.reward import reward, reward_terms
-from ndp_gym.schedule import Scheduling
+from ndp_gym.schedule import Scheduling, check_count
 
 __all__ = ["Episodes", "Stepped"]
 
@@ -79,13 +79,13 @@ class Episodes:
         hbm_budget: HbmBudget | Sequence[float],
         split: str,
         scheduling: Scheduling,
-        max_windows: int,
+        max_windows: int | None,
         action: str,
         quality_weight: str | float,
     ) -> None:
         """Open the recording and size everything; every lane then waits for `reset`."""
-        if isinstance(max_windows, bool) or max_windows < 1:
-            raise ValueError(f"max_windows must be >= 1, got {max_windows}")
+        if max_windows is not None:
+            check_count("max_windows", max_windows)
         opened = open_trace(trace)
         self._shares = _share_range(hbm_budget)
         self.lanes = Lanes(
@@ -99,6 +99,8 @@ class Episodes:
             scheduling=scheduling,
             quality_weight=weight_of(quality_weight),
         )
+        if max_windows is None:  # what the whole recording takes, one request after the other
+            max_windows = int((-(-opened.requests.n_decode // window)).sum())
         self.max_windows = max_windows
         self.encoding = encoding_of(action, self.lanes)
         self.observation_space = observation_space(self.lanes, max_windows)
@@ -213,9 +215,12 @@ def _infos(outcome: Outcome, terms: dict[str, NDArray[np.float64]], admissions: 
 
 def _share_range(hbm_budget: HbmBudget | Sequence[float]) -> tuple[float, float] | None:
     """The two shares between which episodes draw theirs, ``None`` for a single budget."""
-    if isinstance(hbm_budget, int | float | str):
+    if not isinstance(hbm_budget, list | tuple | np.ndarray):
         return None
-    shares = [float(share) for share in hbm_budget]
+    try:
+        shares = [float(share) for share in hbm_budget]
+    except (TypeError, ValueError):
+        shares = []
     if len(shares) != 2 or not (0 < shares[0] <= shares[1] <= 1 and math.isfinite(shares[0])):
         raise ValueError(
             f"hbm_budget as a list must be two shares 0 < low <= high <= 1, got {hbm_budget}"

@@ -23,7 +23,7 @@ from ndp_gym.outcome import Outcome
 from ndp_gym.packing import window_arrays
 from ndp_gym.policy import CONTEXT_NAMES
 from ndp_gym.quality import QualityModel
-from ndp_gym.schedule import Schedule, Scheduling
+from ndp_gym.schedule import Schedule, Scheduling, check_count
 from ndp_gym.specs import MoESpec, Service, SystemSpec
 from ndp_gym.trace import RoutingTrace
 
@@ -82,8 +82,7 @@ class Lanes:
     ) -> None:
         """Check that everything fits; every lane then waits for `reset`."""
         for name, value in (("n_lanes", n_lanes), ("batch_size", batch_size), ("window", window)):
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+            check_count(name, value)
         check_agreement(trace, model)
         check_fits(trace, model, system, hbm_budget, batch_size)
         self.trace, self.model, self.system = trace, model, system

@@ -18,6 +18,14 @@ Scheduling = Literal["continuous", "static"]
 IDLE = -1
 
 
+def check_count(name: str, value: int) -> None:
+    """Raise ``ValueError`` unless ``value`` is a whole number (not 1.5, not True) of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1, got {value}")
+
+
 class Schedule:
     """Slots of N lanes over one request table.
 

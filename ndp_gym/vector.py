@@ -21,7 +21,7 @@ from ndp_gym.env import NDPPlacementEnv, check_render_mode, render_lane
 from ndp_gym.episodes import Episodes, Stepped
 from ndp_gym.inputs import ModelLike, SystemLike, TraceLike
 from ndp_gym.lanes import Observations
-from ndp_gym.schedule import Scheduling
+from ndp_gym.schedule import Scheduling, check_count
 
 __all__ = ["NDPPlacementVectorEnv"]
 
@@ -53,7 +53,7 @@ class NDPPlacementVectorEnv(VectorEnv[Observations, NDArray[Any], NDArray[Any]])
         hbm_budget: HbmBudget | Sequence[float] = 0.10,
         split: str = "train",
         scheduling: Scheduling = "continuous",
-        max_windows: int = 64,
+        max_windows: int | None = 64,
         action: str = "scores",
         quality_weight: str | float = "balanced",
         render_mode: str | None = None,
@@ -65,8 +65,7 @@ class NDPPlacementVectorEnv(VectorEnv[Observations, NDArray[Any], NDArray[Any]])
             ValueError: an argument is out of range, or recording, model and system do not agree.
             OSError: the recording cannot be read.
         """
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be >= 1, got {num_envs}")
+        check_count("num_envs", num_envs)
         check_render_mode(render_mode)
         self.num_envs, self.render_mode = num_envs, render_mode
         self.autoreset_mode = _autoreset_mode(autoreset_mode)

@@ -131,8 +131,9 @@ def test_observations_are_fresh_arrays() -> None:
             assert not any(np.shares_memory(array, later[0][name]) for later in kept[i + 1 :])
 
 
-def test_an_episode_ends_when_its_requests_have_ended() -> None:
-    env = make(max_windows=10**6)
+@pytest.mark.parametrize("max_windows", [10**6, None])
+def test_an_episode_ends_when_its_requests_have_ended(max_windows: int | None) -> None:
+    env = make(max_windows=max_windows)
     order = TRACE.split_requests("train")
     env.action_space.seed(0)
     for options, expected in ((None, order), ({"requests": [5, 2]}, np.array([5, 2]))):
@@ -208,7 +209,13 @@ def test_a_request_without_decode_rows_cannot_be_asked_for() -> None:
     [
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
         ({"window": 0}, "window must be >= 1"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number >= 1, got 2.5"),
+        ({"batch_size": "8"}, "batch_size must be a whole number >= 1, got '8'"),
+        ({"window": True}, "window must be a whole number >= 1, got True"),
         ({"max_windows": 0}, "max_windows must be >= 1, got 0"),
+        ({"max_windows": 1.5}, "max_windows must be a whole number >= 1, got 1.5"),
+        ({"hbm_budget": None}, "hbm_budget must be bytes, a share in"),
+        ({"hbm_budget": ["a", "b"]}, "two shares 0 < low <= high <= 1"),
         ({"hbm_budget": 1.5}, r"share in \(0, 1\]"),
         ({"hbm_budget": "all"}, "'auto'"),
         ({"hbm_budget": [0.2, 0.1]}, "two shares 0 < low <= high <= 1"),
@@ -226,6 +233,19 @@ def test_a_request_without_decode_rows_cannot_be_asked_for() -> None:
 def test_a_bad_argument_is_named(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**kwargs)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    numbers = {"batch_size": np.int64(3), "window": np.int32(4), "max_windows": np.int64(2)}
+    for budget in (np.float32(0.5), np.float64(0.5), np.int64(2000)):
+        make(hbm_budget=budget, **numbers).reset(seed=0)
+
+
+def test_an_action_of_another_shape_is_refused() -> None:
+    env = make()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"action must have shape \(\d+,\), got \(3,\)"):
+        env.step(np.zeros(3))
 
 
 @pytest.mark.parametrize("weight", ["speed", "balanced", "quality", 2.5])
