@@ -6,6 +6,7 @@ Reads finished rows only; rich and matplotlib are imported when they are first u
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -27,9 +28,18 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-__all__ = ["print_tables", "write_csv", "write_json", "write_latex", "write_png"]
+__all__ = [
+    "check_writable",
+    "print_tables",
+    "write_csv",
+    "write_json",
+    "write_latex",
+    "write_png",
+    "write_whole",
+]
 
 NOTHING = "-"
+ENERGY = "J/tok"
 
 
 class Column(NamedTuple):
@@ -88,7 +98,7 @@ COLUMNS = (
     Column("p50 ms", r"p50 ms", lambda r: _scaled(r["decode_step_p50_s"], 1e3), 112),
     Column("p99 ms", r"p99 ms", lambda r: _scaled(r["decode_step_p99_s"], 1e3), 112),
     Column("TTFT s", r"TTFT s", lambda r: _number(r["ttft_s"]), 122),
-    Column("J/tok", r"J/tok", lambda r: _number(r["joules_per_token"]), 130),
+    Column(ENERGY, ENERGY, lambda r: _number(r["joules_per_token"]), 130),
     Column("busy % G/F/L", r"busy \% G/F/L", _busy, 142),
     Column("decide ms", r"decide ms", lambda r: _number(r["decision_ms"], 2), 154),
 )
@@ -98,6 +108,12 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     """All columns, regret only where it was asked for."""
     has_regret = any(row["regret"] is not None for row in rows)
     return [c for c in COLUMNS if has_regret or c.head != "regret"]
+
+
+def _caption(columns: Sequence[Column]) -> str:
+    """What every reader must know; no total of the energy model was ever checked."""
+    has_energy = any(column.head == ENERGY for column in columns)
+    return f"{MODELED}; {ENERGY} unvalidated" if has_energy else MODELED
 
 
 def print_tables(result: EvaluationResult, *, width: int | None = None) -> None:
@@ -129,7 +145,8 @@ def _table(rows: Sequence[Row], width: int) -> Table:
     from rich.text import Text
 
     columns = [c for c in _columns(rows) if c.from_width <= width]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption=MODELED)
+    caption = _caption(columns)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption=caption)
     table.caption_justify = "left"
     table.add_column("policy", no_wrap=True)
     for column in columns:
@@ -221,7 +238,7 @@ def write_latex(result: EvaluationResult, path: str | os.PathLike[str]) -> None:
 def _tabular(rows: Sequence[Row]) -> str:
     columns = [c for c in _columns(rows) if c.head != "decide ms"]
     head = " & ".join(["policy", *(c.latex for c in columns)])
-    lines = [f"% {MODELED}", rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
+    lines = [f"% {_caption(columns)}", rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
     lines += [rf"{head} \\", r"\midrule"]
     for row in rows:
         cells = [_escape(row["policy"]) + ("$^{*}$" if row["validity"] != "in_range" else "")]
@@ -253,8 +270,23 @@ def write_png(result: EvaluationResult, path: str | os.PathLike[str]) -> None:
     write_whole(Path(path), out.getvalue())
 
 
+def check_writable(path: Path) -> None:
+    """Raise ``OSError`` where ``path`` cannot be written; call it before a long run, not after.
+
+    Nothing is created: the nearest folder that exists must be one, and writeable.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write to a temporary name in the same folder, then rename; folders are made."""
+    check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
+import gymnasium
 import pytest
+from gymnasium.envs.registration import EnvSpec
 
 from ndp_gym import cli
 from ndp_gym.commands.evaluate import parse_budget, parse_policies
@@ -22,7 +25,10 @@ def test_policy_options_may_hold_commas() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("auto", "auto"), ("0.1", 0.1), ("8000", 8000), ("8GB", 8 * 10**9), ("1.5GiB", 3 * 2**29)],
+    [
+        *(("auto", "auto"), ("0.1", 0.1), ("8000", 8000), ("8GB", 8 * 10**9)),
+        *(("1.5GiB", 3 * 2**29), ("-1", -1)),
+    ],
 )
 def test_budget_is_a_share_or_bytes(text: str, expected: object) -> None:
     assert parse_budget(text) == expected
@@ -52,7 +58,15 @@ def test_command_line_writes_everything_and_says_where(
         (["--policies", "lrru"], "lru"),
         (["--batch-size", "1,x"], "--batch-size must be numbers"),
         (["--seeds", "0"], "--seeds must be >= 1"),
+        (["--batch-size", "1000000000000"], "--batch-size 1000000000000 and --window 16 need"),
+        (["--max-windows", "0"], "--max-windows must be >= 1, got 0"),
+        (["--max-windows", "-1"], "--max-windows must be >= 1, got -1"),
         (["--hbm-budget", "much"], "--hbm-budget must be a share"),
+        (["--hbm-budget", "infGB"], "--hbm-budget must be a share"),
+        (["--hbm-budget", "-1"], "hbm_budget must be >= 0 bytes, got -1"),
+        (["--model", "minimoe-16b,"], "--model must be names separated by commas"),
+        (["--json", "/"], "/: Is a directory"),
+        (["--json", "/dev/null/x.json"], "/dev/null: Not a directory"),
         (["--system", "h1000"], "h100"),
         (["--quality-weight", "great"], "quality_weight"),
         (["--trace", "absent.safetensors"], "absent.safetensors"),
@@ -68,3 +82,38 @@ def test_bad_command_lines_get_one_sentence_and_exit_code_two(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ndp_gym.evaluation.evaluate", lambda *_, **__: pytest.fail("ran"))
+    (tmp_path / "file").write_text("")
+    for argv in ("evaluate --out", "evaluate --json", "explain ema lru --json"):
+        bad = tmp_path / "file" / "below"
+        assert cli.main([*argv.split(), str(bad)]) == 2
+        assert capsys.readouterr().err == f"ndp-gym: {tmp_path / 'file'}: Not a directory\n"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_batch_size_named_twice_runs_once_and_the_command_can_be_typed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "rows.json"
+    argv = ["evaluate", "--policies", "ema", "--batch-size", "2,2", "--max-windows", "1"]
+    argv += ["--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["somewhere/ndp_gym/__main__.py", *argv])
+    assert cli.main(argv) == 0
+    document = json.loads(out.read_text())
+    assert [row["policy"] for row in document["rows"]].count("ema") == 1
+    assert document["provenance"]["command"] == " ".join(["python -m ndp_gym", *argv])
+
+
+def test_the_environment_of_a_row_can_be_made_again(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    argv = ["evaluate", "--policies", "ema", "--json", str(out)]
+    assert cli.main([*argv, "--batch-size", "32"]) == 0
+    row = json.loads(out.read_text())["rows"][0]
+    env = gymnasium.make(EnvSpec.from_json(row["env_spec"]))
+    env.reset(seed=0)
+    assert env.get_wrapper_attr("episodes").max_windows > row["n_windows"]

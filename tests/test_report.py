@@ -73,6 +73,7 @@ def test_table_fits_its_width_and_says_modeled(
     assert cost_aware.split()[1:4] == ["150", "90..112", "1.00"]
     assert "…" not in text
     assert ("p99 ms" in text) == (width >= 112)
+    assert ("J/tok unvalidated" in text) == (width >= 130)
 
 
 def test_table_explains_flags_and_infeasible_rows(capsys: pytest.CaptureFixture[str]) -> None:

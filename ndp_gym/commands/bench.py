@@ -27,8 +27,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ndp_gym.bench import rows
-    from ndp_gym.report import write_whole
+    from ndp_gym.report import check_writable, write_whole
 
+    if args.json:
+        check_writable(args.json)
     console = Console()
     found = []
     for row in rows():

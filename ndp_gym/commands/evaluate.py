@@ -62,25 +62,27 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the tables, write what was asked for, say where."""
     from ndp_gym.evaluation import evaluate
-    from ndp_gym.report import print_tables
+    from ndp_gym.report import check_writable, print_tables
 
-    with _progress() as progress:
+    for path in _outputs(args).values():
+        check_writable(path)
+    with _progress() as progress, enough_memory(args):
         result = evaluate(
             parse_policies(args.policies),
-            _names(args.trace),
-            _names(args.model),
-            _names(args.system),
+            _names("--trace", args.trace),
+            _names("--model", args.model),
+            _names("--system", args.system),
             batch_sizes=_integers("--batch-size", args.batch_size),
             window=args.window,
             hbm_budget=parse_budget(args.hbm_budget),
             split=args.split,
             scheduling=args.scheduling,
             quality_weight=_number_or_name(args.quality_weight),
-            max_windows=args.max_windows,
+            max_windows=positive("--max-windows", args.max_windows),
             seeds=range(_at_least_one("--seeds", args.seeds)),
             uncertainty=args.uncertainty,
             bound=args.bound,
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=_command(),
             progress=progress,
         )
     print_tables(result)
@@ -89,17 +91,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(result: EvaluationResult, args: argparse.Namespace) -> Iterator[Path]:
-    """Write every file asked for, then the tracked run, and name each."""
-    from ndp_gym import report
-
-    paths: dict[str, Path] = {}
+def _outputs(args: argparse.Namespace) -> dict[str, Path]:
+    """Format -> file, of what was asked for."""
+    paths = {}
     for name, suffix in _FORMATS.items():
         asked = getattr(args, name)
         if asked or args.out:
             paths[name] = asked or args.out / f"evaluation.{suffix}"
-            getattr(report, f"write_{name}")(result, paths[name])
-            yield paths[name]
+    return paths
+
+
+def _write(result: EvaluationResult, args: argparse.Namespace) -> Iterator[Path]:
+    """Write every file asked for, then the tracked run, and name each."""
+    from ndp_gym import report
+
+    paths = _outputs(args)
+    for name, path in paths.items():
+        getattr(report, f"write_{name}")(result, path)
+        yield path
     if args.wandb in ("offline", "online"):
         from ndp_gym.tracking import track_evaluation
 
@@ -150,20 +159,50 @@ def parse_budget(text: str) -> HbmBudget:
     try:
         if unit:
             return int(float(number) * getattr(units, unit))
-        return int(number) if number.isdigit() else float(number)
-    except ValueError:
+        return int(number) if number.lstrip("+-").isdigit() else float(number)
+    except (ValueError, OverflowError):
         raise ValueError(
             f"--hbm-budget must be a share such as 0.1, bytes such as 8GB, or auto, got {text!r}"
         ) from None
 
 
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [item.strip() for item in text.split(",")]
+def positive(option: str, value: int | None) -> int | None:
+    """``value`` unless it is below 1, which is a ``ValueError``; ``None`` stays."""
+    return None if value is None else _at_least_one(option, value)
+
+
+@contextmanager
+def enough_memory(args: argparse.Namespace) -> Iterator[None]:
+    """Turn arrays larger than memory into a ``ValueError`` that names the options behind them."""
+    try:
+        yield
+    except MemoryError as error:
+        raise ValueError(
+            f"--batch-size {args.batch_size} and --window {args.window} need more memory than "
+            f"there is: {error}"
+        ) from None
+
+
+def _command() -> str:
+    """The command line, as it can be typed again."""
+    program = Path(sys.argv[0]).name
+    typed = ["python", "-m", "ndp_gym"] if program == "__main__.py" else [program]
+    return shlex.join([*typed, *sys.argv[1:]])
+
+
+def _names(option: str, text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [item.strip() for item in text.split(",")]
+    if not all(names):
+        raise ValueError(f"{option} must be names separated by commas, got {text!r}")
+    return names
 
 
 def _integers(option: str, text: str) -> list[int]:
     try:
-        return [_at_least_one(option, int(item)) for item in text.split(",")]
+        found = [_at_least_one(option, int(item)) for item in text.split(",")]
+        return list(dict.fromkeys(found))
     except ValueError:
         raise ValueError(f"{option} must be numbers >= 1 such as 1,8, got {text!r}") from None
 

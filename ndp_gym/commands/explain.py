@@ -42,24 +42,29 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Explain, print the waterfall, write JSON where asked."""
-    from ndp_gym.commands.evaluate import parse_budget
+    from ndp_gym.commands.evaluate import enough_memory, parse_budget, positive
     from ndp_gym.explain import explain
-    from ndp_gym.report import write_whole
+    from ndp_gym.report import check_writable, write_whole
 
-    found = explain(
-        args.a,
-        args.b,
-        args.trace,
-        args.model,
-        args.system,
-        batch_size=args.batch_size,
-        window=args.window,
-        hbm_budget=parse_budget(args.hbm_budget),
-        split=args.split,
-        scheduling=args.scheduling,
-        max_windows=args.max_windows,
-        seed=args.seed,
-    )
+    if args.json is not None:
+        check_writable(args.json)
+    if args.seed < 0:
+        raise ValueError(f"--seed must be >= 0, got {args.seed}")
+    with enough_memory(args):
+        found = explain(
+            args.a,
+            args.b,
+            args.trace,
+            args.model,
+            args.system,
+            batch_size=args.batch_size,
+            window=args.window,
+            hbm_budget=parse_budget(args.hbm_budget),
+            split=args.split,
+            scheduling=args.scheduling,
+            max_windows=positive("--max-windows", args.max_windows),
+            seed=args.seed,
+        )
     print_waterfall(found)
     if args.json is not None:
         write_whole(args.json, json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n")

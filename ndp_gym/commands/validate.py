@@ -41,11 +41,14 @@ def run(args: argparse.Namespace) -> int:
     """Compute, print the tables and the summary, write what was asked for."""
     from rich.console import Console
 
+    from ndp_gym.report import check_writable
     from ndp_gym.validation.recordings import Recordings
     from ndp_gym.validation.summary import validate
 
     if args.recordings is not None and not args.recordings.is_dir():
         raise ValueError(f"--recordings must be a folder, got {args.recordings}")
+    if args.json is not None:
+        check_writable(args.json)
     console = Console()
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
