@@ -4,6 +4,7 @@ import pytest
 
 from ndp_gym import presets
 from ndp_gym.cli import main
+from tests.conftest import make_trace
 
 
 def test_every_model_and_its_size_is_listed(capsys):
@@ -21,7 +22,9 @@ def test_every_system_is_listed_and_sources_on_request(capsys):
     assert "in_place" in brief
     assert "fetch" in brief
     assert main(["list", "systems", "--sources"]) == 0
-    assert "seed_ndp: arXiv 2512.04476" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "seed_ndp: arXiv 2512.04476" in shown
+    assert "mse_g128: clip-searched RTN" in shown
 
 
 def test_policies_are_listed_from_the_checkout(capsys):
@@ -43,10 +46,12 @@ def missing_policies(name: str) -> object:
 def test_traces_can_be_listed(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.safetensors").write_bytes(b"not a trace")
+    make_trace(n_conversations=3).save(tmp_path / "few.safetensors")  # for evaluation only
     assert main(["list", "traces"]) == 0
     shown = capsys.readouterr().out
     assert "train/val/test" in shown
     assert "other.safetensors" not in shown
+    assert "0/0/3" in next(line for line in shown.splitlines() if "few.safetensors" in line)
 
 
 def test_unknown_kind_is_one_sentence_and_exit_code_2(capsys):

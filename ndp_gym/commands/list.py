@@ -112,7 +112,7 @@ def list_systems(sources: bool) -> Listing:
         *(">far GB", ">far GB/s", "service", "stored bits", "format"),
     )
     notes = ["Far GB/s is the effective rate (efficiency x peak). seed_sim is not a real device."]
-    parts = [part for spec in specs for part in (spec, spec.gpu, spec.link, spec.far)]
+    parts = [p for spec in specs for p in (spec, spec.gpu, spec.link, spec.far, spec.format)]
     return Listing("Systems", columns, rows, [*notes, *_sources(parts, sources)])
 
 
@@ -156,7 +156,10 @@ def _summary(target: str) -> str:
 
 def list_traces(_sources_wanted: bool) -> Listing:
     """Recordings in the package, in the checkout's ``traces`` and in the working directory."""
+    import numpy as np
+
     from ndp_gym.trace import RoutingTrace
+    from ndp_gym.trace_requests import SPLITS
 
     package = Path(__file__).resolve().parent.parent
     folders = (package / "data", package.parent / "traces", Path.cwd())
@@ -172,19 +175,19 @@ def list_traces(_sources_wanted: bool) -> Listing:
             trace = RoutingTrace.open(path)
         except ValueError:
             continue  # another kind of safetensors file, such as weights
-        splits = {split: len(trace.split_requests(split)) for split in ("train", "val", "test")}
+        counts = np.bincount(trace.requests.split, minlength=len(SPLITS))
         rows.append(
             [
                 path.name,
                 trace.metadata.preset or trace.metadata.model,
                 f"{trace.n_rows:,}",
                 f"{trace.n_layers} x {trace.n_experts}, top-{trace.top_k}",
-                "/".join(map(str, splits.values())),
+                "/".join(map(str, counts)),
                 trace.metadata.licence,
                 str(path.parent),
             ]
         )
-    columns = ("trace", "model", ">rows", "L x E, K", "train/val/test", "licence", "folder")
+    columns = ("trace", "model", ">rows", "L x E, K", "/".join(SPLITS), "licence", "folder")
     notes = ["Import other recordings with: ndp-gym trace import."]
     return Listing("Traces", columns, rows, notes)
 
