@@ -51,7 +51,7 @@ def test_traces_can_be_listed(capsys, tmp_path, monkeypatch):
     shown = capsys.readouterr().out
     assert "train/val/test" in shown
     assert "other.safetensors" not in shown
-    assert "0/0/3" in next(line for line in shown.splitlines() if "few.safetensors" in line)
+    assert "0/0/4" in next(line for line in shown.splitlines() if "few.safetensors" in line)
 
 
 def test_unknown_kind_is_one_sentence_and_exit_code_2(capsys):
