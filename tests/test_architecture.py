@@ -20,7 +20,7 @@ ROOMS = {
     "cost": "cost budget",
     "plan": "plan policy predictor bit_ladder forecast fillings allocation planners",
     "simulate": "kernel_data kernel simulate state outcome outcome_loops packing batch",
-    "reward": "reward bound bound_loops exhaustive",
+    "reward": "reward bound bound_loops exhaustive local_search",
     "env": "schedule memory lane_loops lanes inputs bounds encoding decoders episodes env vector "
     "wrappers sb3 render env_docs",
     "evaluate": "statistics provenance contenders results rows rollout regret explain evaluation "
@@ -38,6 +38,7 @@ FOLDERS = {
     "policies": {"ndp_gym", "policies"},
     "train": {"ndp_gym", "policies", "train"},
     "traces": {"ndp_gym", "traces"},
+    "examples": {"ndp_gym", "policies"},
 }
 MAX_MODULE_LINES = 450
 LONG_MODULES = {"ndp_gym/kernel.py": 700}  # numba caches compiled code by its own file only
