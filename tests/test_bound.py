@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ndp_gym.bound import Effort, window_bound
 from ndp_gym.evaluation import evaluate
 from ndp_gym.exhaustive import best_plan
+from ndp_gym.local_search import search
 from ndp_gym.plan import Plan
 from ndp_gym.policy import Observation
 from ndp_gym.quality import QualityModel
@@ -173,3 +174,17 @@ def test_table_shows_regret_only_where_it_was_asked_for(
     assert "regret: to proved upper bounds of the reward by service, 0.500" in text
     print_tables(EvaluationResult(rows=rows[:1]), width=150)
     assert "regret" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_local_search_lies_between_the_reference_and_the_exhaustive_optimum(seed: int) -> None:
+    model, system, window, budget = tiny(seed)
+    found = search(window, model, system, budget_bytes=budget)
+    best = best_plan(window, model, system, budget_bytes=budget)
+    state = initial_state(model, system)
+    _, reached = earned(state, found.plan, window, model, system, budget)
+    assert found.reward == pytest.approx(reached, abs=1e-12)
+    assert found.reward <= best.reward + 1e-12
+    assert found.reward >= best.reward - 0.3  # local, but not lost
+    again = search(window, model, system, budget_bytes=budget, starts=[best.plan.placement])
+    assert again.reward == pytest.approx(best.reward, abs=1e-12)
