@@ -64,7 +64,10 @@ def test_small_differences_and_intervals_around_one_cannot_be_told() -> None:
 
 def test_a_lead_is_explained_by_its_large_parts_and_a_tie_is_called_one() -> None:
     text = words.why(verdict(1.10, hits=-1.0, bits=0.5, migration=-0.05))
-    assert text == "hits 56 against 46 %: -1.00 ms; bits 4.0 against 4.0: +0.50 ms; all: -0.55 ms"
+    assert (
+        text
+        == "work, hits 56 against 46 %: -1.00 ms; bits 4.0 against 4.0: +0.50 ms; all: -0.55 ms"
+    )
     assert words.main_term(verdict(1.10, hits=-1.0, bits=0.5)) == "hits"
     assert words.why(verdict(1.005, hits=-1.0)) == "a tie"
     assert words.main_term(verdict(1.005, hits=-1.0)) is None

@@ -126,5 +126,7 @@ _TABLES = """\
 as a multiple of the winner. *Over the next* is the lead over the best other policy. *x all in HBM*
 is the winner's speed over the faster row with all experts in HBM, with that row's ΔNLL where it is
 over the budget, so that it is no alternative. *Why* takes the lead apart (`ndp-gym explain`, ms per
-token, parts below a fifth of the lead left out), the winner's numbers first. Brackets are 95 %
-intervals by conversation, paired where two rows are compared."""
+token, parts below a fifth of the lead left out), the winner's numbers first. *Work* is the time of
+GPU and far device as it follows from where experts are served; fewer hits can mean less of it,
+where small batches are as fast far away. Brackets are 95 % intervals by conversation, paired where
+two rows are compared."""

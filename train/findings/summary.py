@@ -40,6 +40,7 @@ def short_answers(found: Sequence[Found], necessity: Sequence[Necessity]) -> Ite
         yield _who_wins(_verdicts(found, budget), budget)
     every = [v for budget in BUDGETS for v in _verdicts(found, budget) if v.winner]
     yield _baselines(every)
+    yield from _random_wins(found)
     yield _what_explains(every)
     yield _clairvoyance(every)
     yield from _prompts(found)
@@ -74,6 +75,28 @@ def _baselines(verdicts: Sequence[Verdict]) -> str:
     if fitting and not good:
         text += f": they lose {min(losses):.2f} to {max(losses):.2f} nats"
     return f"{text}."
+
+
+def _random_wins(found: Sequence[Found]) -> Iterator[str]:
+    """Why the control may be the fastest within a budget although a ranking beats it."""
+    n_wins, over = 0, []
+    for f in found:
+        rows = {row["policy"]: row for row in f.rows}
+        for v in f.verdicts:
+            if v.winner and v.winner["policy"] == "random:bits=3" and main_term(v):
+                n_wins += 1
+                loss = rows["ema:bits=3"]["delta_nll_nats"] or 0.0
+                if loss > v.budget:
+                    speed = rows["ema:bits=3"]["tokens_per_s"] or 0.0
+                    over.append((speed / (v.winner["tokens_per_s"] or 1.0), loss))
+    if over:
+        ratios, losses = zip(*over, strict=True)
+        yield (
+            f"**Where `random` wins** ({n_wins} cases that are no ties), the quality budget "
+            f"decides in {len(over)}, not the placement: `ema` at the same widths sends more "
+            f"tokens to its 3-bit copies in HBM, is {times(min(ratios))} to {times(max(ratios))} "
+            f"times as fast, and loses {min(losses):.4f} to {max(losses):.4f} nats: too many."
+        )
 
 
 def _what_explains(verdicts: Sequence[Verdict]) -> str:

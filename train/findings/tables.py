@@ -12,6 +12,7 @@ from train.findings.words import (
     differs,
     percent,
     rate,
+    several,
     spread,
     times,
     why,
@@ -57,8 +58,8 @@ def recording_section(recording: Recording, found: Sequence[Found]) -> Iterator[
 
 def _about(recording: Recording, found: Sequence[Found]) -> Iterator[str]:
     yield (
-        f"{recording.n_tokens:,} decode tokens of {recording.n_requests} test requests in "
-        f"{recording.n_conversations} conversations; {'; '.join(recording.notes)}."
+        f"{recording.n_tokens:,} decode tokens of {several(recording.n_requests, 'test request')} "
+        f"in {several(recording.n_conversations, 'conversation')}; {'; '.join(recording.notes)}."
     )
     batches = recording.batch_sizes(BATCH_SIZES)
     if list(BATCH_SIZES) != batches:

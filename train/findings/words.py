@@ -45,6 +45,11 @@ def joined(items: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
+def several(n: int, thing: str) -> str:
+    """`1 request`, `2 requests`."""
+    return f"{n} {thing}{'' if n == 1 else 's'}"
+
+
 def differs(ratio: Ratio) -> int:
     """1 where the first is faster, -1 where it is slower, 0 where that cannot be told.
 
@@ -93,7 +98,7 @@ def _fact(term: str, ours: Row, theirs: Row) -> str:
 
     facts = {
         "bits": lambda: f"bits {pair(_bits)}",
-        "hits": lambda: f"hits {pair(busy('hit_rate'))} %",
+        "hits": lambda: f"work, hits {pair(busy('hit_rate'))} %",
         "overlap balance": lambda: f"overlap, far device busy {pair(busy('far_busy'))} %",
         "link": lambda: f"link busy {pair(busy('link_busy'))} %",
         "migration": lambda: f"waiting for copies, {pair(_migrated)} GB moved",
