@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import asdict
 from functools import cache
 from importlib import metadata
@@ -60,7 +61,7 @@ def env_spec_json(kwargs: Mapping[str, Any]) -> str:
     """JSON of the Gymnasium spec with ``kwargs``: what ``EnvSpec.from_json`` turns back."""
     import gymnasium
 
-    spec = gymnasium.spec(ndp_gym.ENV_ID)
+    spec = copy(gymnasium.spec(ndp_gym.ENV_ID))  # that of the registry holds what gym.make takes
     spec.kwargs = dict(kwargs)
     return spec.to_json()
 

@@ -198,6 +198,7 @@ class NDPPlacementVectorEnv(VectorEnv[Observations, NDArray[Any], NDArray[Any]])
     def _reset_mask(self, mask: BoolArray | None) -> BoolArray:
         if mask is None:
             return np.ones(self.num_envs, np.bool_)
+        mask = np.asarray(mask)
         if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
             raise ValueError(
                 f"options['reset_mask'] must be a boolean array [{self.num_envs}] with at least "

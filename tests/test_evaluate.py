@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import ndp_gym
 from ndp_gym.commands.evaluate import parse_policies
 from ndp_gym.evaluation import evaluate
 from ndp_gym.inputs import combinations
@@ -369,6 +370,11 @@ def test_rows_carry_all_public_fields_and_their_origin() -> None:
     assert provenance["models"]["toy"]["hidden_size"] == 50
     assert provenance["systems"]["toy"]["link"]["latency_s"] == 0.05e-3
     assert provenance["traces"]["tiny"]["licence"] == "MIT"
+
+
+def test_evaluating_leaves_the_defaults_of_the_environment_alone() -> None:
+    evaluate([], make_trace(), MODEL, SYSTEM, batch_sizes=[1], split="test", max_windows=1)
+    assert gymnasium.spec(ndp_gym.ENV_ID).kwargs == {}
 
 
 def test_baselines_work_without_the_policies_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def test_disabled_autoreset_leaves_resets_to_the_caller() -> None:
         ours.step(actions)
     mask = np.array([True, False, True, True, True])
     assert_same(
-        ours.reset(options={"reset_mask": mask.copy()}),
+        ours.reset(options={"reset_mask": mask.tolist()}),
         theirs.reset(options={"reset_mask": mask.copy()}),
     )
     with pytest.raises(ResetNeeded, match=r"episodes \[1\]"):
