@@ -122,8 +122,11 @@ class _Climb:
 
     def choice_of(self, placement: Placement) -> IntArray:
         index = {bits: i for i, bits in enumerate(self.system.stored_bits)}
-        width = np.vectorize(index.__getitem__, otypes=[np.int64])(placement.bitwidth)
-        return np.where(placement.tier == HBM, width, width + len(index))
+        width: IntArray = np.zeros(placement.tier.shape, np.int64)
+        for bits, i in index.items():
+            width[placement.bitwidth == bits] = i
+        width[placement.tier == FAR] += len(index)
+        return width
 
     def plan_of(self, choice: IntArray) -> Plan:
         return Plan(placement=Placement(tier=self.tier[choice], bitwidth=self.bits[choice]))
