@@ -22,6 +22,7 @@ MAX_HEADER_BYTES = 16 * 2**20
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "F16": np.float16, "I64": np.int64}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 Tensor = npt.NDArray[Any]
+Layout = tuple[np.dtype[Any], tuple[int, ...]]
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
@@ -46,33 +47,92 @@ def parse_json(text: str | bytes, name: str) -> Any:
 
 def serialise_header(tensors: Mapping[str, Tensor], metadata: str) -> bytes:
     """Length word and JSON header, padded to 8 bytes; the tensors follow in the order given."""
+    return _header({name: (t.dtype, t.shape) for name, t in tensors.items()}, metadata)
+
+
+def _header(layout: Mapping[str, Layout], metadata: str) -> bytes:
     header: dict[str, Any] = {"__metadata__": {METADATA_KEY: metadata}}
     offset = 0
-    for name, tensor in tensors.items():
+    for name, (dtype, shape) in layout.items():
+        n_bytes = math.prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + n_bytes],
         }
-        offset += tensor.nbytes
+        offset += n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
+class Writer:
+    """Writes a file in pieces, tensors in any order, and moves it into place when it is whole.
+
+    Used as a context: the file appears at ``path`` when the block ends without an error and every
+    tensor was filled. Memory does not grow with the size of the tensors.
+    """
+
+    def __init__(self, path: Path, layout: Mapping[str, Layout], metadata: str) -> None:
+        """Prepare a file of ``layout`` (type and shape by name, in file order) at ``path``."""
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        self._layout = {name: (np.dtype(d), tuple(shape)) for name, (d, shape) in layout.items()}
+        self._head = _header(self._layout, metadata)
+        self._next: dict[str, int] = {}
+        self._end: dict[str, int] = {}
+        offset = len(self._head)
+        for name, (dtype, shape) in self._layout.items():
+            self._next[name] = offset
+            offset += math.prod(shape) * dtype.itemsize
+            self._end[name] = offset
+
+    def __enter__(self) -> "Writer":
+        """Create the temporary file beside ``path`` and write the header."""
+        self._file = self._temporary.open("xb")
+        self._file.write(self._head)
+        return self
+
+    def append(self, name: str, rows: Tensor) -> None:
+        """Write the next rows of a tensor.
+
+        Raises:
+            ValueError: Another type or row shape than laid out, or more rows than laid out.
+        """
+        dtype, shape = self._layout[name]
+        if rows.dtype != dtype or rows.shape[1:] != shape[1:]:
+            raise ValueError(
+                f"{name} must be rows of {dtype} {list(shape[1:])}, "
+                f"got {rows.dtype} {list(rows.shape[1:])}"
+            )
+        if self._next[name] + rows.nbytes > self._end[name]:
+            raise ValueError(f"{name} must have {shape[0]} rows, got more")
+        self._file.seek(self._next[name])
+        self._file.write(np.ascontiguousarray(rows).reshape(-1).data.cast("B"))
+        self._next[name] += rows.nbytes
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Move the file into place, or remove it after an error."""
+        try:
+            with self._file as file:
+                if kind is not None:
+                    return
+                short = [name for name in self._layout if self._next[name] != self._end[name]]
+                if short:
+                    raise ValueError(f"{self._path}: not all rows of {', '.join(short)} written")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(self._temporary, self._path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: str) -> None:
     """Write the file under a temporary name beside ``path``, then move it into place."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(serialise_header(tensors, metadata))
-            for tensor in tensors.values():
-                file.write(np.ascontiguousarray(tensor).data.cast("B"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    with Writer(path, layout, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.append(name, tensor)
 
 
 def content_sha256(tensors: Mapping[str, Tensor], metadata: str) -> str:

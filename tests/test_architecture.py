@@ -15,7 +15,7 @@ ROOMS = {
     "specs": "specs",
     "presets": "presets",
     "trace": "trace trace_content trace_file trace_loops trace_metadata trace_predict "
-    "trace_requests trace_spans trace_stats replay replay_kernel importers",
+    "trace_requests trace_spans trace_stats synthesize replay replay_kernel importers",
     "quality": "quality",
     "cost": "cost budget",
     "plan": "plan policy predictor bit_ladder forecast fillings allocation planners",

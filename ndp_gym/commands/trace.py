@@ -1,4 +1,4 @@
-"""``ndp-gym trace import|info|verify|stats``: routing recordings on the command line."""
+"""``ndp-gym trace import|synthesize|info|verify|stats``: recordings on the command line."""
 
 import argparse
 import sys
@@ -15,10 +15,11 @@ FORMATS = ("bigmoe", "grouped-nf4", "nvmoe", "hdmoe", "routertrace", "vllm")
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``trace`` and its sub-commands."""
-    text = "import routing recordings, look at them and check them"
+    text = "import or draw routing recordings, look at them and check them"
     parser = subparsers.add_parser("trace", help=text, description=text.capitalize() + ".")
     commands = parser.add_subparsers(metavar="subcommand", required=True)
     _add_import(commands)
+    _add_synthesize(commands)
     for name, run, text in (
         ("info", run_info, "show what a trace says about itself; reads the header only"),
         ("verify", run_verify, "scan the whole content, and look for text shared by two splits"),
@@ -62,15 +63,68 @@ def _add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.set_defaults(func=run_import)
 
 
+def _add_synthesize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "draw a recording of any length that is routed like another, or like a model"
+    parser = commands.add_parser("synthesize", help=text, description=text.capitalize() + ".")
+    parser.add_argument("--like", help="a trace file, or a model preset")
+    parser.add_argument("--requests", type=_whole, required=True, help="requests to draw")
+    parser.add_argument(
+        "--tokens", type=_whole, required=True, help="tokens of a request on average, prompt too"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="trace file to write")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    parser.add_argument("--layers", type=_positive, help="routed layers, if others than --like's")
+    parser.add_argument("--experts", type=_positive, help="experts per layer, up to 1000")
+    parser.add_argument("--top-k", type=_positive, help="experts per token")
+    parser.add_argument(
+        "--domain-run", type=_whole, default=1, help="requests in a row of one domain (default 1)"
+    )
+    parser.add_argument(
+        "--loops", type=float, default=0.0, help="share of requests that end in a loop (default 0)"
+    )
+    parser.set_defaults(func=run_synthesize)
+
+
+def run_synthesize(args: argparse.Namespace) -> int:
+    """Draw and write a trace; returns 0."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ndp_gym import synthesize
+
+    out = _checked_out(args.out, [Path(args.like)] if args.like else [])
+    if args.seed < 0:
+        raise ValueError(f"--seed must be 0 or more, got {args.seed}")
+    like = synthesize.pattern(
+        args.like,
+        n_layers=args.layers,
+        n_experts=args.experts,
+        top_k=args.top_k,
+        seed=args.seed,
+    )
+    requests = synthesize.request_table(
+        args.requests, args.tokens, like.domains, run=args.domain_run, seed=args.seed
+    )
+    bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    with bar:
+        task = bar.add_task("tokens", total=int(requests.length.sum()))
+        trace = synthesize.write_trace(
+            out,
+            like,
+            requests,
+            seed=args.seed,
+            loops=args.loops,
+            progress=lambda rows: bar.advance(task, rows),
+        )
+    _print_info(trace, f"Wrote {out}: synthetic, not a recording")
+    return 0
+
+
 def run_import(args: argparse.Namespace) -> int:
     """Import and write a trace; warnings go to stderr; returns 0."""
     from ndp_gym.importers import ImportOptions, import_trace
 
-    out: Path = args.out
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ValueError(f"--out must be a file in a folder that exists, got {out}")
-    if any(path.exists() and out.exists() and path.samefile(out) for path in args.paths):
-        raise ValueError(f"--out must not be one of the files to import, got {out}")
+    out = _checked_out(args.out, args.paths)
     options = ImportOptions(
         model=args.model,
         licence=args.licence,
@@ -159,6 +213,14 @@ def run_stats(args: argparse.Namespace) -> int:
     return 0
 
 
+def _checked_out(out: Path, inputs: Sequence[Path]) -> Path:
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out must be a file in a folder that exists, got {out}")
+    if any(path.exists() and out.exists() and path.samefile(out) for path in inputs):
+        raise ValueError(f"--out must not be one of the files that are read, got {out}")
+    return out
+
+
 def _open(path: Path) -> "RoutingTrace":
     from ndp_gym.trace import RoutingTrace
 
@@ -227,4 +289,10 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _positive(text: str) -> int:
     if not (text.isdigit() and 0 < len(text) < 6 and int(text) > 0):
         raise argparse.ArgumentTypeError(f"must be a whole number in 1..65536, got {text!r}")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    if not (text.isdigit() and 0 < len(text) < 12 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
