@@ -10,7 +10,18 @@ if TYPE_CHECKING:
     from ndp_gym.trace import RoutingTrace
 
 Rows = Iterable[Sequence[str]]
-FORMATS = ("bigmoe", "grouped-nf4", "nvmoe", "hdmoe", "routertrace", "vllm")
+FORMATS = (
+    "bigmoe",
+    "grouped-nf4",
+    "nvmoe",
+    "hdmoe",
+    "routertrace",
+    "megatron",
+    "llama-csv",
+    "sglang",
+    "sglang-recorder",
+    "vllm",
+)
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -49,6 +60,7 @@ def _add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--experts", type=_positive, help="routed experts per layer, if not in file"
     )
+    parser.add_argument("--top-k", type=_positive, help="experts per token, if not in file")
     parser.add_argument(
         "--spans", type=_numbers, default=(), help="rows where a request starts, as 399,798,1197"
     )
@@ -129,6 +141,7 @@ def run_import(args: argparse.Namespace) -> int:
         model=args.model,
         licence=args.licence,
         n_experts=args.experts,
+        top_k=args.top_k,
         spans=args.spans,
         n_prompt=args.prompt_tokens,
         drop_prefix=args.drop_prefix,

@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from ndp_gym.importers import bigmoe, grouped_nf4, hdmoe, nvmoe, routertrace, vllm
+from ndp_gym.importers import (
+    bigmoe,
+    eval_callback,
+    grouped_nf4,
+    hdmoe,
+    megatron,
+    nvmoe,
+    routertrace,
+    sglang,
+    sglang_recorder,
+    vllm,
+)
 from ndp_gym.importers.recording import ImportOptions, ImportResult, build_trace
 from ndp_gym.importers.source import Source, open_source
 
@@ -20,9 +31,13 @@ FORMATS: dict[str, ModuleType] = {
     "nvmoe": nvmoe,
     "hdmoe": hdmoe,
     "routertrace": routertrace,
+    "megatron": megatron,
+    "llama-csv": eval_callback,
+    "sglang": sglang,
+    "sglang-recorder": sglang_recorder,
     "vllm": vllm,
 }
-_SUFFIXES = (".json", ".jsonl", ".csv", ".npy", ".gz")
+_SUFFIXES = (".json", ".jsonl", ".csv", ".npy", ".pt", ".gguf", ".gz")
 
 
 def import_trace(
@@ -81,6 +96,12 @@ def _detected(sources: Sequence[Source]) -> str:
 
 
 def _format_of(source: Source) -> str:
+    if source.data.startswith(b"GGUF"):
+        kind = "an importance matrix" if b"imatrix." in source.data[:65536] else "a GGUF file"
+        raise source.fail(
+            f"{kind} holds sums over a text, not the experts of each token, and cannot be "
+            f"replayed: record token,layer,expert rows with an eval callback instead"
+        )
     for name, module in FORMATS.items():
         if module.detects(source):
             return name

@@ -23,6 +23,7 @@ class ImportOptions:
         model: Name of the model, or of a model preset (then layers, E and K are checked).
         licence: Licence of the recording.
         n_experts: Routed experts per layer E.
+        top_k: Experts per token K, where the file holds raw ids.
         spans: Rows at which a new request starts, in a file that concatenates requests.
         n_prompt: Prefill rows per request (one number, or one per request).
         drop_prefix: Rows dropped at the start of every request (a shared template).
@@ -33,6 +34,7 @@ class ImportOptions:
     model: str | None = None
     licence: str | None = None
     n_experts: int | None = None
+    top_k: int | None = None
     spans: tuple[int, ...] = ()
     n_prompt: tuple[int, ...] = ()
     drop_prefix: int = 0

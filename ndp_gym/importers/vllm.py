@@ -45,7 +45,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
         for name, response_model, choices in _responses(source):
             model = response_model or model
             for ids, n_prompt, offset in choices:
-                kept, missing = _recorded(ids, name)
+                kept, missing = recorded(ids, name)
                 if parts and kept.shape[1:] != parts[0].shape[1:]:
                     raise ValueError(
                         f"{name} must have {parts[0].shape[1]} layers, top-{parts[0].shape[2]} "
@@ -62,7 +62,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
                     )
                 )
             conversation += 1
-    ids, layer_ids = _routed_layers(np.concatenate(parts), sources[0])
+    ids, layer_ids = routed_layers(np.concatenate(parts), sources[0])
     warnings = []
     if len(layer_ids) < parts[0].shape[1]:
         dense = parts[0].shape[1] - len(layer_ids)
@@ -90,7 +90,7 @@ def _responses(source: Source) -> list[tuple[str, str | None, list[Choice]]]:
         return [(str(source.path), None, [(npy(source.data, str(source.path)), None, 0)])]
     if _is_nested(source):
         return [(str(source.path), None, [(integers(source.json, 3, str(source.path)), None, 0)])]
-    named = _documents(source)
+    named = documents(source)
     result = []
     for name, document in named:
         model = document.get("model")
@@ -99,7 +99,8 @@ def _responses(source: Source) -> list[tuple[str, str | None, list[Choice]]]:
     return result
 
 
-def _documents(source: Source) -> list[tuple[str, dict[str, Any]]]:
+def documents(source: Source) -> list[tuple[str, dict[str, Any]]]:
+    """Name and content of every response: one object, an array of them, or one per line."""
     try:
         content = source.json
         documents = content if isinstance(content, list) else [content]
@@ -149,7 +150,7 @@ def _choices(document: dict[str, Any], name: str) -> list[Choice]:
 def _array(value: object, name: str) -> tuple[Ids, int]:
     """Ids ``[tokens, layers, K]`` of base64 ``.npy``, nested lists or a data/shape/dtype object."""
     if isinstance(value, str):
-        return npy(_decoded(value, name), name), 0
+        return npy(decoded(value, name), name), 0
     if not isinstance(value, dict):
         return integers(value, 3, name), 0
     data, shape, dtype = value.get("data"), value.get("shape"), value.get("dtype")
@@ -159,10 +160,11 @@ def _array(value: object, name: str) -> tuple[Ids, int]:
         )
     start = whole_number(value.get("start", 0), 0, _MAX_CONTEXT, f"{name}.start")
     sizes = integers(shape, 1, f"{name}.shape").tolist()
-    return _from_bytes(_decoded(data, name), np.dtype(str(dtype)), sizes, "C", name), start
+    return _from_bytes(decoded(data, name), np.dtype(str(dtype)), sizes, "C", name), start
 
 
-def _decoded(text: str, name: str) -> bytes:
+def decoded(text: str, name: str) -> bytes:
+    """The bytes of base64 text."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -209,7 +211,7 @@ def _from_bytes(
     return np.where(unsigned_missing, -1, ids.astype(np.int64))
 
 
-def _recorded(ids: Ids, name: str) -> tuple[Ids, int]:
+def recorded(ids: Ids, name: str) -> tuple[Ids, int]:
     """The rows that were recorded, and how many are missing before them."""
     missing = (ids == -1).all(axis=(1, 2))
     if missing.all():
@@ -229,7 +231,7 @@ def _recorded(ids: Ids, name: str) -> tuple[Ids, int]:
     return ids[first:last], first
 
 
-def _routed_layers(ids: Ids, source: Source) -> tuple[Ids, tuple[int, ...]]:
+def routed_layers(ids: Ids, source: Source) -> tuple[Ids, tuple[int, ...]]:
     """Ids without dense layers (all zeros), and the numbers of the layers kept."""
     zeros = (ids == 0).all(axis=(0, 2))
     if ids.shape[2] == 1:  # top-1 routing may send everything to expert 0: only leading layers
