@@ -26,7 +26,8 @@ PLACEMENT_UNNECESSARY = "placement unnecessary here"
 class Row(TypedDict):
     """One policy under one condition; ``None`` where a value does not exist.
 
-    Suffixes are units, shares lie in [0, 1], ``*_ci95`` are (low, high). Rates pool all decode
+    Suffixes are units, shares lie in [0, 1], ``*_ci95`` are (low, high), resampled by blocks of
+    conversations that decoded together and ``None`` below 8 blocks. Rates pool all decode
     steps; prefill and the first load are in ``ttft_s`` only, which starts when a slot is free.
     Bytes, ``load_s``, ``requantise_s`` and ``n_*`` are totals of one run. ``reward`` and its two
     terms are means over windows, as an agent collects them; ``reward_quality`` is not yet

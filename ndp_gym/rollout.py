@@ -29,6 +29,7 @@ from ndp_gym.trace_requests import SPLITS
 __all__ = ["Measurement", "Replayed", "Task", "run_policy", "train_profile"]
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 TokenProgress = Callable[[int, int], None]
 """Called after every window with tokens decoded so far and tokens of the whole run."""
 
@@ -113,8 +114,8 @@ class Measurement:
     Attributes:
         totals: sums of `Outcome` fields and derived seconds, by name.
         served: [2, NB] routed tokens by tier and stored width.
-        tokens, seconds, loss: [C] per conversation: tokens, seconds and tokens times ΔNLL, each
-            window's share in proportion to tokens.
+        tokens, seconds, loss: [C] per conversation, in order of first admission: tokens, seconds
+            and tokens times ΔNLL, each window's share in proportion to tokens.
         step_s: seconds of every decode step in which a token was decoded.
         ttft_s: seconds of every request's first load (first window only) and prefills up to its
             own; time spent waiting for a slot is not in it.
@@ -191,10 +192,8 @@ def run_policy(
     rng = np.random.default_rng(seed)
     untouched = _draws(rng)
     policy.reset(_context(policy, task, lanes, order, rng))
-    conversations, of_request = np.unique(requests.conversation[order], return_inverse=True)
-    column = np.full(len(requests), -1)
-    column[order] = of_request
-    result = _empty(len(conversations), len(task.system.stored_bits), lanes.gates)
+    column, n_conversations = _columns(requests.conversation, order)
+    result = _empty(n_conversations, len(task.system.stored_bits), lanes.gates)
     n_tokens = int(requests.n_decode[order].sum())
     while not lanes.is_done[0] and result.totals["n_windows"] != task.max_windows:
         _window(policy, task, lanes, result, column, watch)
@@ -202,6 +201,14 @@ def run_policy(
             progress(int(result.totals["tokens"]), n_tokens)
     result.used_rng, result.sees_future = _draws(rng) != untouched, needs_future(policy)
     return result
+
+
+def _columns(conversation: IntArray, order: IntArray) -> tuple[IntArray, int]:
+    """Place of each request's conversation by first admission (-1 where not run), and how many."""
+    _, first, of_request = np.unique(conversation[order], return_index=True, return_inverse=True)
+    column = np.full(len(conversation), -1)
+    column[order] = np.argsort(np.argsort(first))[of_request]
+    return column, len(first)
 
 
 def _window(

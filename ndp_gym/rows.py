@@ -25,7 +25,8 @@ from ndp_gym.uncertainty import Score
 
 __all__ = ["Entry", "compare", "measured_row", "missing_row", "score_of"]
 
-MIN_RESAMPLED = 8  # conversations actually run below which no interval is given
+MIN_BLOCKS = 8  # blocks of conversations actually run below which no interval is given
+FEW_BLOCKS = 16  # below which percentile intervals are noticeably too narrow
 SEED_NDP, SEED_NDP_MAX_BATCH = "seed_ndp", 12  # validation.md §6
 LOW_MEAN_BITS = 2
 
@@ -132,7 +133,7 @@ def compare(entries: list[Entry]) -> None:
 
 
 def _speedup(entry: Entry, base: Entry | None) -> tuple[float | None, tuple[float, float] | None]:
-    """Ratio of tokens per second and its interval, paired by conversation."""
+    """Ratio of tokens per second and its interval, paired by block of conversations."""
     if base is None or base.measurement is None or entry.measurement is None:
         return None, None
     ours, theirs = entry.row["tokens_per_s"], base.row["tokens_per_s"]
@@ -140,8 +141,10 @@ def _speedup(entry: Entry, base: Entry | None) -> tuple[float | None, tuple[floa
     assert theirs is not None
     if entry.row["tokens_per_s_ci95"] is None:
         return ours / theirs, None
-    replicates = _replicates(entry.measurement, "tokens", "seconds")
-    paired = replicates / _replicates(base.measurement, "tokens", "seconds")
+    size, rate = entry.row["batch_size"], ("tokens", "seconds")
+    paired = _replicates(entry.measurement, size, *rate) / _replicates(
+        base.measurement, size, *rate
+    )
     return ours / theirs, percentile_interval(paired)
 
 
@@ -150,16 +153,25 @@ def _interval(
 ) -> tuple[float, float] | None:
     """95 % interval, or ``None``: evaluation-only recordings and very short runs have none."""
     too_few = task.trace.requests.n_conversations < MIN_SPLIT_CONVERSATIONS
-    if too_few or (measured.tokens > 0).sum() < MIN_RESAMPLED:
+    if too_few or _bootstrap(measured, task.batch_size).n_blocks < MIN_BLOCKS:
         return None
-    return percentile_interval(_replicates(measured, top, bottom))
+    return percentile_interval(_replicates(measured, task.batch_size, top, bottom))
 
 
-def _replicates(measured: Measurement, top: str, bottom: str) -> NDArray[np.float64]:
-    """Bootstrap ratios; conversations that were never reached are not in the sample."""
+def _bootstrap(measured: Measurement, batch_size: int) -> ConversationBootstrap:
+    """Resamples of blocks; conversations that were never reached are not in the sample."""
+    reached = int((measured.tokens > 0).sum())
+    return ConversationBootstrap(n_conversations=reached, block_size=batch_size)
+
+
+def _replicates(
+    measured: Measurement, batch_size: int, top: str, bottom: str
+) -> NDArray[np.float64]:
+    """Bootstrap ratios of two sums over conversations."""
     reached = measured.tokens > 0
-    bootstrap = ConversationBootstrap(n_conversations=int(reached.sum()))
-    return bootstrap.ratios(getattr(measured, top)[reached], getattr(measured, bottom)[reached])
+    return _bootstrap(measured, batch_size).ratios(
+        getattr(measured, top)[reached], getattr(measured, bottom)[reached]
+    )
 
 
 def _doubts(mean_bits: float, loss: float, task: Task) -> list[str]:
@@ -188,7 +200,19 @@ def _notes(measured: Measurement, task: Task) -> list[str]:
         notes.append(facts.phases)
     if facts.tiled_from is not None:
         notes.append(f"layers tiled from {facts.tiled_from}")
-    reached = int((measured.tokens > 0).sum())
-    if _interval(measured, task, "tokens", "seconds") and reached < MIN_SPLIT_CONVERSATIONS:
-        notes.append(f"intervals from {reached} conversations only: too narrow")
-    return notes
+    return [*notes, *_interval_notes(measured, task)]
+
+
+def _interval_notes(measured: Measurement, task: Task) -> list[str]:
+    """How far the intervals of a row can be trusted, or why it has none."""
+    n_blocks = _bootstrap(measured, task.batch_size).n_blocks
+    n_recorded = task.trace.requests.n_conversations
+    blocks = f"{n_blocks} of {MIN_BLOCKS} blocks of {task.batch_size} conversations"
+    if n_recorded < MIN_SPLIT_CONVERSATIONS:
+        needed = f"{MIN_SPLIT_CONVERSATIONS} conversations in the recording"
+        return [f"no intervals: {n_recorded} of {needed}, {blocks} that are needed"]
+    if n_blocks < MIN_BLOCKS:
+        return [f"no intervals: {blocks} that are needed"]
+    if n_blocks < FEW_BLOCKS:
+        return [f"intervals from {n_blocks} blocks of conversations: somewhat too narrow"]
+    return []

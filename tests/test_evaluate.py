@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 import ndp_gym
 from ndp_gym.commands.evaluate import parse_policies
+from ndp_gym.contenders import all_far4
 from ndp_gym.evaluation import evaluate
 from ndp_gym.inputs import combinations
 from ndp_gym.plan import Plan, all_far
 from ndp_gym.policy import PolicyContext
+from ndp_gym.quality import QualityModel
 from ndp_gym.results import Row
-from ndp_gym.rollout import train_profile
+from ndp_gym.rollout import Task, run_policy, train_profile
 from ndp_gym.trace import Requests, RoutingTrace, TraceMetadata
 from tests.conftest import make_trace
 from tests.toy import MODEL, PLENTY, SYSTEM
@@ -93,6 +95,24 @@ def rows_of(*args: Any, **options: Any) -> dict[str, Row]:
     """Rows of one condition on the toy machine by policy."""
     result = evaluate(*args, MODEL, SYSTEM, **options)
     return {row["policy"]: row for row in result.rows}
+
+
+def task_of(trace: RoutingTrace, *, batch_size: int) -> Task:
+    """A task on the toy machine without HBM for experts."""
+    return Task(
+        trace=trace,
+        model=MODEL,
+        system=SYSTEM,
+        batch_size=batch_size,
+        window=4,
+        hbm_budget=0,
+        split="test",
+        scheduling="continuous",
+        quality=QualityModel(),
+        quality_weight=4.0,
+        max_windows=None,
+        profile=None,
+    )
 
 
 class Watcher:
@@ -221,25 +241,7 @@ def test_every_token_counts_once_whatever_the_batching() -> None:
 
 def test_window_seconds_go_to_conversations_by_their_tokens() -> None:
     """Two slots decode 3 and 1 tokens in one window of 4 steps; then nothing is left."""
-    from ndp_gym.contenders import all_far4
-    from ndp_gym.quality import QualityModel
-    from ndp_gym.rollout import Task, run_policy
-
-    task = Task(
-        trace=toy_trace([4, 2]),
-        model=MODEL,
-        system=SYSTEM,
-        batch_size=2,
-        window=4,
-        hbm_budget=0,
-        split="test",
-        scheduling="continuous",
-        quality=QualityModel(),
-        quality_weight=4.0,
-        max_windows=None,
-        profile=None,
-    )
-    measured = run_policy(all_far4().make(), task, seed=0)
+    measured = run_policy(all_far4().make(), task_of(toy_trace([4, 2]), batch_size=2), seed=0)
     assert measured.tokens.tolist() == [3.0, 1.0]
     assert measured.seconds == pytest.approx(measured.totals["decode_s"] * np.array([0.75, 0.25]))
     assert len(measured.step_s[0]) == 3  # the fourth step decoded nothing
@@ -250,13 +252,41 @@ def test_intervals_need_sixteen_conversations_in_the_recording() -> None:
     few = rows_of([], make_trace(n_conversations=15), batch_sizes=(2,), hbm_budget=PLENTY)
     assert few["all_far4"]["tokens_per_s_ci95"] is None
     assert few["all_hbm"]["speedup_vs_all_far4_ci95"] is None
-    many = rows_of(["all_far2"], make_trace(n_conversations=80), hbm_budget=PLENTY)
+    assert few["all_far4"]["notes"][-1] == (
+        "no intervals: 15 of 16 conversations in the recording, "
+        "8 of 8 blocks of 2 conversations that are needed"
+    )
+    many = rows_of(
+        ["all_far2"], make_trace(n_conversations=80), batch_sizes=(1,), hbm_budget=PLENTY
+    )
+    assert not any("intervals" in note for note in many["all_far2"]["notes"])
     low, high = many["all_far2"]["tokens_per_s_ci95"] or (0, 0)
     assert low < (many["all_far2"]["tokens_per_s"] or 0) < high
     assert many["all_far4"]["speedup_vs_all_far4_ci95"] == pytest.approx((1.0, 1.0))
     low, high = many["all_far2"]["speedup_vs_all_far4_ci95"] or (0, 0)
     wide = np.diff(many["all_far2"]["tokens_per_s_ci95"] or (0, 0))[0]
     assert (high - low) / high < 0.3 * wide / (many["all_far2"]["tokens_per_s"] or 1)  # paired
+
+
+def test_intervals_need_eight_blocks_of_conversations_that_decoded_together() -> None:
+    """80 conversations, 20 of them in test: 20, 10 and 3 blocks."""
+    result = evaluate([], make_trace(n_conversations=80), MODEL, SYSTEM, batch_sizes=(1, 2, 8))
+    one, two, eight = (row for row in result.rows if row["policy"] == "all_far4")
+    assert (one["n_conversations"], one["notes"]) == (20, [])
+    assert two["tokens_per_s_ci95"] is not None
+    assert two["notes"] == ["intervals from 10 blocks of conversations: somewhat too narrow"]
+    assert eight["tokens_per_s_ci95"] is eight["speedup_vs_all_far4_ci95"] is None
+    assert eight["delta_nll_nats_ci95"] is None
+    assert eight["notes"] == ["no intervals: 3 of 8 blocks of 8 conversations that are needed"]
+
+
+def test_conversations_are_summed_in_order_of_first_admission() -> None:
+    """Ids 7 and 3: the first request run belongs to 7."""
+    trace = toy_trace([4, 2, 3])
+    requests = replace(trace.requests, conversation=np.array([7, 3, 7]))
+    again = RoutingTrace(trace.expert_ids, trace.gate_weights, requests, trace.metadata)
+    measured = run_policy(all_far4().make(), task_of(again, batch_size=1), seed=0)
+    assert measured.tokens.tolist() == [3.0 + 2.0, 1.0]
 
 
 def test_policies_that_need_a_train_profile_are_not_applicable_without_one() -> None:
@@ -417,4 +447,6 @@ def test_notes_say_what_the_recording_lacks() -> None:
     assert row["notes"] == [
         "gate weights not recorded: rank profile of toy",
         "first 128 tokens taken as prefill",
+        "no intervals: 1 of 16 conversations in the recording, "
+        "1 of 8 blocks of 8 conversations that are needed",
     ]

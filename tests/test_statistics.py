@@ -44,6 +44,36 @@ def test_bootstrap_weights_count_whole_conversations() -> None:
     assert weights[7].tolist() == [int(np.sum(expected[7] == c)) for c in range(5)]
 
 
+def test_blocks_of_neighbours_are_drawn_whole_and_the_last_may_be_smaller() -> None:
+    boot = ConversationBootstrap(n_conversations=5, block_size=2, n_resamples=50, seed=3)
+    assert (boot.n_blocks, boot.weights().shape) == (3, (50, 3))
+    drawn = np.random.default_rng(3).integers(0, 3, size=(50, 3))
+    tokens, seconds = np.array([1 + 2, 4 + 8, 16]), np.array([2, 2, 1])
+    expected = tokens[drawn].sum(axis=1) / seconds[drawn].sum(axis=1)
+    assert boot.ratios([1, 2, 4, 8, 16], np.ones(5)) == pytest.approx(expected)
+    one_by_one = ConversationBootstrap(n_conversations=5, block_size=1, seed=3)
+    assert np.array_equal(
+        one_by_one.weights(), ConversationBootstrap(n_conversations=5, seed=3).weights()
+    )
+
+
+def test_neighbours_that_share_their_seconds_need_blocks_for_an_honest_interval() -> None:
+    """Four neighbours share one rate; drawn one by one, they look four times as many."""
+    rng = np.random.default_rng(8)
+    covered = {1: 0, 4: 0}
+    for trial in range(200):
+        seconds = rng.uniform(1, 3, 160)
+        tokens = seconds * np.repeat(rng.normal(100, 20, 40), 4)
+        for size in covered:
+            boot = ConversationBootstrap(
+                n_conversations=160, block_size=size, n_resamples=400, seed=trial
+            )
+            low, high = percentile_interval(boot.ratios(tokens, seconds))
+            covered[size] += low <= 100 <= high
+    assert 0.88 <= covered[4] / 200 <= 0.98
+    assert covered[1] / 200 < 0.75
+
+
 def test_ratio_is_a_ratio_of_sums_and_not_a_mean_of_ratios() -> None:
     # one conversation: every resample is the conversation itself, 30 tokens in 2 s
     one = ConversationBootstrap(n_conversations=1, n_resamples=4)
@@ -93,6 +123,10 @@ def test_percentile_interval_of_known_replicates() -> None:
     ("call", "message"),
     [
         (lambda: ConversationBootstrap(n_conversations=0), "n_conversations must be at least 1"),
+        (
+            lambda: ConversationBootstrap(n_conversations=2, block_size=0),
+            "block_size must be at least 1",
+        ),
         (
             lambda: ConversationBootstrap(n_conversations=2, n_resamples=0),
             "n_resamples must be at least 1",
