@@ -32,7 +32,8 @@ class Row(TypedDict):
     Bytes, ``load_s``, ``requantise_s`` and ``n_*`` are totals of one run. ``reward`` and its two
     terms are means over windows, as an agent collects them; ``reward_quality`` is not yet
     weighted. ``byte_hit_rate`` is the share of expert-weight bytes read from copies that were in
-    HBM already. ``hbm_budget_bytes`` is the smallest of the run.
+    HBM already; what was fetched for the step counts as a miss. ``hbm_budget_bytes`` is the
+    smallest of the run.
 
     ``reward_bound`` is a proved upper bound (`ndp_gym.bound`) of the mean reward over the row's
     windows for any plans with the kinds of service it used, and ``regret`` what is missing to it;

@@ -22,7 +22,7 @@ from ndp_gym.policy import Policy, PolicyContext, needs_future
 from ndp_gym.quality import QualityModel
 from ndp_gym.reward import reward_terms
 from ndp_gym.schedule import Scheduling
-from ndp_gym.specs import MoESpec, SystemSpec
+from ndp_gym.specs import MoESpec, Service, SystemSpec
 from ndp_gym.trace import RoutingTrace
 from ndp_gym.trace_requests import SPLITS
 
@@ -112,7 +112,8 @@ class Measurement:
     """Sums over the windows of one run, or of several runs pooled by `add`.
 
     Attributes:
-        totals: sums of `Outcome` fields and derived seconds, by name.
+        totals: sums of `Outcome` fields and derived seconds and bytes, by name; ``demanded_bytes``
+            are the fetched ones that served, without what a prefetch copied in vain.
         served: [2, NB] routed tokens by tier and stored width.
         tokens, seconds, loss: [C] per conversation, in order of first admission: tokens, seconds
             and tokens times ΔNLL, each window's share in proportion to tokens.
@@ -242,6 +243,7 @@ def _window(
     for name, value in reward_terms(outcome).items():
         result.terms.setdefault(name, []).append(float(value))
     _add_totals(result.totals, outcome, task.actual or task.system)
+    result.totals["demanded_bytes"] += int(outcome.fetch_bytes / _copied_per_needed(service))
     slots, n_rows = (array[0] for array in lanes.last_slots)
     for name, amount in (
         ("tokens", float(outcome.tokens)),
@@ -258,6 +260,16 @@ def _advance(lanes: Lanes, plan: Plan) -> Outcome:
     return lanes.advance(placement.tier[None], placement.bitwidth[None], order, services).lane(0)
 
 
+def _copied_per_needed(service: Service) -> float:
+    """Fetched bytes per byte that was needed: more than one where a prefetch copies in vain.
+
+    The kernel rounds the bytes in vain down once per layer and step, so that bytes divided by this
+    fall short of those needed by less than one byte each time, and never exceed them.
+    """
+    foreseen = service.prefetch
+    return 1.0 if foreseen is None else 1.0 + foreseen.recall * (1.0 / foreseen.precision - 1.0)
+
+
 def _add_totals(totals: dict[str, float], outcome: Outcome, system: SystemSpec) -> None:
     for name in _SUMMED:
         totals[name] += getattr(outcome, name).item()
@@ -272,7 +284,7 @@ def _add_totals(totals: dict[str, float], outcome: Outcome, system: SystemSpec) 
 
 
 def _empty(n_conversations: int, n_widths: int, gates: str) -> Measurement:
-    names = (*_SUMMED, "gpu_busy_s", "far_busy_s", "link_busy_s", "n_windows")
+    names = (*_SUMMED, "gpu_busy_s", "far_busy_s", "link_busy_s", "n_windows", "demanded_bytes")
     return Measurement(
         totals=dict.fromkeys(names, 0),
         served=np.zeros((2, n_widths), np.int64),

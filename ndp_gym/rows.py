@@ -67,7 +67,7 @@ def measured_row(
         accuracy_drop_points=float(accuracy_drop_points(loss)),
         mean_bits=mean_bits,
         hit_rate=total["hits"] / total["routed"],
-        byte_hit_rate=(total["hbm_weight_bytes"] - total["fetch_bytes"]) / weights_read,
+        byte_hit_rate=(total["hbm_weight_bytes"] - total["demanded_bytes"]) / weights_read,
         gpu_busy=total["gpu_busy_s"] / total["decode_s"],
         far_busy=total["far_busy_s"] / total["decode_s"],
         link_busy=total["link_busy_s"] / total["decode_s"],

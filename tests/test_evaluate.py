@@ -23,6 +23,7 @@ from ndp_gym.policy import PolicyContext
 from ndp_gym.quality import QualityModel
 from ndp_gym.results import Row
 from ndp_gym.rollout import Task, run_policy, train_profile
+from ndp_gym.specs import Prefetch, Service
 from ndp_gym.trace import Requests, RoutingTrace, TraceMetadata
 from tests.conftest import make_trace
 from tests.toy import MODEL, PLENTY, SYSTEM
@@ -133,6 +134,19 @@ class Watcher:
         return all_far(self.context.model, self.context.system, bits)
 
 
+class Fetching:
+    """All experts fetched at 4 bit when they are needed, by one service."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def reset(self, context: PolicyContext) -> None:
+        self.plan = replace(all_far(context.model, context.system, 4), service=self.service)
+
+    def __call__(self, observation: Mapping[str, NDArray[np.float32]]) -> Plan:
+        return self.plan
+
+
 class OracleWatcher(Watcher):
     """Counts the tokens of the coming window."""
 
@@ -191,6 +205,32 @@ def test_all_hbm_row_by_hand_and_the_speedups() -> None:
         *rows["all_hbm"]["notes"],
         *rows["all_hbm_mixed"]["notes"],
     ]
+
+
+def test_byte_hit_rate_leaves_out_what_a_prefetch_copied_in_vain() -> None:
+    """Nothing is kept, so every byte read was fetched: a third of them in vain, and no hits."""
+    rates = {}
+    for name, precision in (("exact", 1.0), ("loose", 0.5)):
+        service = Service(kind="fetch", prefetch=Prefetch(recall=0.5, precision=precision, depth=1))
+        rates[name] = Fetching(service)
+        rates[name].name = name  # type: ignore[attr-defined]
+    rows = rows_of(list(rates.values()), toy_trace([9]), batch_sizes=(1,), hbm_budget=0)
+    exact, loose = rows["exact"], rows["loose"]
+    assert (loose["fetch_bytes"] or 0) == 1.5 * (exact["fetch_bytes"] or 0)
+    assert (exact["hit_rate"], exact["byte_hit_rate"]) == (0.0, 0.0)
+    assert (loose["hit_rate"], loose["byte_hit_rate"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("system", ["h100_fetch", "h100_cxl_pnm"])
+def test_shares_of_bytes_lie_between_nought_and_one_for_every_policy(system: str) -> None:
+    names = parse_policies("all")
+    result = evaluate(names, systems=system, hbm_budget=0.01, max_windows=4)
+    measured = [row for row in result.rows if row["byte_hit_rate"] is not None]
+    assert len(measured) > 10
+    for row in measured:
+        assert 0.0 <= (row["byte_hit_rate"] or 0.0) <= 1.0, row["policy"]
+        if row["hit_rate"] == 0.0:  # up to a byte per layer and step
+            assert row["byte_hit_rate"] == pytest.approx(0.0, abs=1e-6), row["policy"]
 
 
 def test_too_small_a_budget_is_shown_as_infeasible_with_nulls() -> None:
