@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ndp_gym import policy_calls
 from ndp_gym.cost import expert_bytes
 from ndp_gym.plan import Plan, all_far, all_hbm, all_hbm_mixed
 from ndp_gym.policy import (
@@ -112,9 +113,9 @@ def contenders(policies: PolicyLike | Iterable[PolicyLike]) -> list[Contender]:
 
 def _contender(policy: PolicyLike) -> Contender:
     if isinstance(policy, str):
-        return Contender(name=policy, make=resolve(policy))
+        return Contender(name=policy, make=partial(policy_calls.make, policy, resolve(policy)))
     is_factory = isinstance(policy, type) or not hasattr(policy, "reset")
     kind = getattr(policy, "func", policy) if is_factory else type(policy)
     name = str(getattr(policy, "name", None) or getattr(kind, "__name__", repr(policy)))
     make: Any = policy if is_factory else lambda: policy
-    return Contender(name=name, make=make)
+    return Contender(name=name, make=partial(policy_calls.make, name, make))

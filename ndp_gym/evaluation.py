@@ -198,10 +198,11 @@ def _measure(
     """Run one contender once, or once per seed if it draws random numbers -> pooled, seeds used."""
     label = f"{contender.name}, batch {task.batch_size}"
     report = None if progress is None else partial(progress, label)
-    pooled = run_policy(contender.make(), task, seed=seeds[0], progress=report, watch=watch)
+    run = partial(run_policy, task=task, name=contender.name, progress=report)
+    pooled = run(contender.make(), seed=seeds[0], watch=watch)
     used = list(seeds) if pooled.used_rng else [seeds[0]]
     for seed in used[1:]:
-        pooled.add(run_policy(contender.make(), task, seed=seed, progress=report))
+        pooled.add(run(contender.make(), seed=seed))
     return pooled, used
 
 
@@ -249,7 +250,7 @@ def _scores(
     scores = {far4.name: score_of(measured, sampled)}
     for contender in (*all_hbm_rows(measured.min_budget_bytes, task.profile), *named):
         with suppress(InfeasibleError, MissingProfileError):
-            measured = run_policy(contender.make(), sampled, seed=seed)
+            measured = run_policy(contender.make(), sampled, seed=seed, name=contender.name)
             scores[contender.name] = score_of(measured, sampled)
     return scores
 

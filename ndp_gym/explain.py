@@ -215,7 +215,14 @@ def _plan_terms(sums: list[_Sums]) -> dict[str, Fraction]:
 def _run(contender: Contender, task: Task, seed: int, progress: Progress | None) -> _Run:
     windows: list[Replayed] = []
     report = None if progress is None else lambda done, n: progress(contender.name, done, n)
-    measured = run_policy(contender.make(), task, seed=seed, progress=report, watch=windows.append)
+    measured = run_policy(
+        contender.make(),
+        task,
+        seed=seed,
+        name=contender.name,
+        progress=report,
+        watch=windows.append,
+    )
     steps_s = sum(float(w.outcome.step_s.sum()) for w in windows)
     return _Run(contender.name, measured, windows, steps_s)
 

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ndp_gym import policy_calls
 from ndp_gym.budget import HbmBudget
 from ndp_gym.lanes import Lanes
 from ndp_gym.outcome import Outcome
-from ndp_gym.plan import FAR, HBM, Plan, check_plan
+from ndp_gym.plan import FAR, HBM, Plan
 from ndp_gym.policy import Policy, PolicyContext, needs_future
 from ndp_gym.quality import QualityModel
 from ndp_gym.reward import reward_terms
@@ -175,29 +176,32 @@ def run_policy(
     task: Task,
     *,
     seed: int,
+    name: str | None = None,
     progress: TokenProgress | None = None,
     watch: Watch | None = None,
 ) -> Measurement:
     """Run ``policy`` over the requests of the task's split, in file order, and sum what it cost.
 
-    ``watch`` is shown every window.
+    ``name`` is what errors call it, by default that of its class. ``watch`` is shown every window.
 
     Raises:
-        ValueError: the policy's plan does not fit model or system, or what the policy itself
-            raises (`InfeasibleError`, `MissingProfileError`).
+        PolicyError: the policy fails, or its plan does not fit model or system.
+        ValueError: the policy says that it has no plan here (`InfeasibleError`,
+            `MissingProfileError`).
     """
+    name = name or type(policy).__name__
     lanes = task.lanes()
     order = task.trace.split_requests(task.split)
     requests = task.trace.requests
     lanes.reset(0, order, task.actual)
     rng = np.random.default_rng(seed)
     untouched = _draws(rng)
-    policy.reset(_context(policy, task, lanes, order, rng))
+    policy_calls.reset(name, policy, _context(policy, task, lanes, order, rng))
     column, n_conversations = _columns(requests.conversation, order)
     result = _empty(n_conversations, len(task.system.stored_bits), lanes.gates)
     n_tokens = int(requests.n_decode[order].sum())
     while not lanes.is_done[0] and result.totals["n_windows"] != task.max_windows:
-        _window(policy, task, lanes, result, column, watch)
+        _window(name, policy, task, lanes, result, column, watch)
         if progress is not None:
             progress(int(result.totals["tokens"]), n_tokens)
     result.used_rng, result.sees_future = _draws(rng) != untouched, needs_future(policy)
@@ -213,6 +217,7 @@ def _columns(conversation: IntArray, order: IntArray) -> tuple[IntArray, int]:
 
 
 def _window(
+    name: str,
     policy: Policy,
     task: Task,
     lanes: Lanes,
@@ -223,9 +228,9 @@ def _window(
     """One decision, one window, and what is remembered of it."""
     observation = {name: array[0] for name, array in lanes.observe().items()}
     before = time.perf_counter()
-    plan = policy(observation)
+    plan = policy_calls.ask(name, policy, observation)
     result.decision_s.append(time.perf_counter() - before)
-    check_plan(plan, task.model, task.system)
+    policy_calls.check_answer(name, plan, task.model, task.system)
     service = plan.service or task.system.default_service
     result.services |= {service.kind} | ({"prefetch"} if service.prefetch is not None else set())
     budget_bytes = int(lanes.budgets()[0])
@@ -240,17 +245,17 @@ def _window(
     result.ttft_s += [float(outcome.load_s + waited) for waited in prefills]
     result.step_s.append(outcome.step_s[outcome.step_tokens > 0])
     result.served = result.served + outcome.served_tokens
-    for name, value in reward_terms(outcome).items():
-        result.terms.setdefault(name, []).append(float(value))
+    for term, value in reward_terms(outcome).items():
+        result.terms.setdefault(term, []).append(float(value))
     _add_totals(result.totals, outcome, task.actual or task.system)
     result.totals["demanded_bytes"] += int(outcome.fetch_bytes / _copied_per_needed(service))
     slots, n_rows = (array[0] for array in lanes.last_slots)
-    for name, amount in (
+    for field_name, amount in (
         ("tokens", float(outcome.tokens)),
         ("seconds", float(outcome.decode_s)),
         ("loss", float(outcome.delta_nll * outcome.tokens)),
     ):
-        np.add.at(getattr(result, name), column[slots], amount * n_rows / n_rows.sum())
+        np.add.at(getattr(result, field_name), column[slots], amount * n_rows / n_rows.sum())
 
 
 def _advance(lanes: Lanes, plan: Plan) -> Outcome:

@@ -18,7 +18,7 @@ ROOMS = {
     "trace_requests trace_spans trace_stats synthesize replay replay_kernel importers",
     "quality": "quality",
     "cost": "cost budget",
-    "plan": "plan policy predictor bit_ladder forecast fillings allocation planners",
+    "plan": "plan policy policy_calls predictor bit_ladder forecast fillings allocation planners",
     "simulate": "kernel_data kernel simulate state outcome outcome_loops packing batch",
     "reward": "reward bound bound_loops exhaustive local_search",
     "env": "schedule memory lane_loops lanes inputs bounds encoding decoders episodes env vector "

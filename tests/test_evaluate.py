@@ -15,18 +15,14 @@ from numpy.typing import NDArray
 
 import ndp_gym
 from ndp_gym.commands.evaluate import parse_policies
-from ndp_gym.contenders import all_far4
 from ndp_gym.evaluation import evaluate
 from ndp_gym.inputs import combinations
 from ndp_gym.plan import Plan, all_far
 from ndp_gym.policy import PolicyContext
-from ndp_gym.quality import QualityModel
-from ndp_gym.results import Row
-from ndp_gym.rollout import Task, run_policy, train_profile
-from ndp_gym.specs import Prefetch, Service
-from ndp_gym.trace import Requests, RoutingTrace, TraceMetadata
+from ndp_gym.rollout import train_profile
 from tests.conftest import make_trace
 from tests.toy import MODEL, PLENTY, SYSTEM
+from tests.toy_evaluation import rows_of, toy_trace
 
 PUBLIC_FIELDS = [
     "policy",
@@ -63,59 +59,6 @@ PUBLIC_FIELDS = [
 ]
 
 
-def requests_of(lengths: list[int], *, context: int = 0) -> Requests:
-    """Requests with one prompt row each, every one a conversation of its own, all in test."""
-    length = np.array(lengths, dtype=np.int64)
-    n = len(lengths)
-    zeros = np.zeros(n, dtype=np.int64)
-    return Requests(
-        start=np.cumsum(length) - length,
-        n_prompt=zeros + 1,
-        length=length,
-        context_offset=zeros + context,
-        conversation=np.arange(n),
-        domain=zeros,
-        split=zeros + 2,
-        domains=("any",),
-    )
-
-
-def toy_trace(lengths: list[int], *, context: int = 0, **metadata: Any) -> RoutingTrace:
-    """All rows route to experts 0, 1 in layer 0 and 2, 3 in layer 1, with gates .75 and .25."""
-    n_rows = sum(lengths)
-    facts = {"model": "toy", "n_experts": 4, "top_k": 2, "id_order": "router_rank", **metadata}
-    return RoutingTrace.from_arrays(
-        np.tile([[0, 1], [2, 3]], (n_rows, 1, 1)),
-        requests_of(lengths, context=context),
-        TraceMetadata(**facts),
-        gate_weights=np.tile([0.75, 0.25], (n_rows, 2, 1)),
-    )
-
-
-def rows_of(*args: Any, **options: Any) -> dict[str, Row]:
-    """Rows of one condition on the toy machine by policy."""
-    result = evaluate(*args, MODEL, SYSTEM, **options)
-    return {row["policy"]: row for row in result.rows}
-
-
-def task_of(trace: RoutingTrace, *, batch_size: int) -> Task:
-    """A task on the toy machine without HBM for experts."""
-    return Task(
-        trace=trace,
-        model=MODEL,
-        system=SYSTEM,
-        batch_size=batch_size,
-        window=4,
-        hbm_budget=0,
-        split="test",
-        scheduling="continuous",
-        quality=QualityModel(),
-        quality_weight=4.0,
-        max_windows=None,
-        profile=None,
-    )
-
-
 class Watcher:
     """All far, and remembers what it was told and shown."""
 
@@ -132,19 +75,6 @@ class Watcher:
         drawn = [int(self.context.rng.integers(2)) for _ in range(self.draws)]
         bits = 4 if sum(drawn) % 2 == 0 else 8
         return all_far(self.context.model, self.context.system, bits)
-
-
-class Fetching:
-    """All experts fetched at 4 bit when they are needed, by one service."""
-
-    def __init__(self, service: Service) -> None:
-        self.service = service
-
-    def reset(self, context: PolicyContext) -> None:
-        self.plan = replace(all_far(context.model, context.system, 4), service=self.service)
-
-    def __call__(self, observation: Mapping[str, NDArray[np.float32]]) -> Plan:
-        return self.plan
 
 
 class OracleWatcher(Watcher):
@@ -207,32 +137,6 @@ def test_all_hbm_row_by_hand_and_the_speedups() -> None:
     ]
 
 
-def test_byte_hit_rate_leaves_out_what_a_prefetch_copied_in_vain() -> None:
-    """Nothing is kept, so every byte read was fetched: a third of them in vain, and no hits."""
-    rates = {}
-    for name, precision in (("exact", 1.0), ("loose", 0.5)):
-        service = Service(kind="fetch", prefetch=Prefetch(recall=0.5, precision=precision, depth=1))
-        rates[name] = Fetching(service)
-        rates[name].name = name  # type: ignore[attr-defined]
-    rows = rows_of(list(rates.values()), toy_trace([9]), batch_sizes=(1,), hbm_budget=0)
-    exact, loose = rows["exact"], rows["loose"]
-    assert (loose["fetch_bytes"] or 0) == 1.5 * (exact["fetch_bytes"] or 0)
-    assert (exact["hit_rate"], exact["byte_hit_rate"]) == (0.0, 0.0)
-    assert (loose["hit_rate"], loose["byte_hit_rate"]) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize("system", ["h100_fetch", "h100_cxl_pnm"])
-def test_shares_of_bytes_lie_between_nought_and_one_for_every_policy(system: str) -> None:
-    names = parse_policies("all")
-    result = evaluate(names, systems=system, hbm_budget=0.01, max_windows=4)
-    measured = [row for row in result.rows if row["byte_hit_rate"] is not None]
-    assert len(measured) > 10
-    for row in measured:
-        assert 0.0 <= (row["byte_hit_rate"] or 0.0) <= 1.0, row["policy"]
-        if row["hit_rate"] == 0.0:  # up to a byte per layer and step
-            assert row["byte_hit_rate"] == pytest.approx(0.0, abs=1e-6), row["policy"]
-
-
 def test_too_small_a_budget_is_shown_as_infeasible_with_nulls() -> None:
     rows = rows_of([], toy_trace([3]), batch_sizes=(1,), hbm_budget=11_999)
     row = rows["all_hbm"]  # 8 experts x 1500 bytes at 2 bit = 12,000
@@ -242,27 +146,6 @@ def test_too_small_a_budget_is_shown_as_infeasible_with_nulls() -> None:
     assert rows["all_far4"]["speedup_vs_all_hbm"] is None
     assert rows["all_hbm_mixed"]["validity"] == "infeasible"
     assert rows_of([], toy_trace([3]), hbm_budget=12_000)["all_hbm"]["mean_bits"] == 2.0
-
-
-def test_low_bits_and_large_loss_are_flagged() -> None:
-    row = rows_of(["all_far2"], toy_trace([3]), hbm_budget=0)["all_far2"]
-    assert row["validity"] == "extrapolated"
-    assert row["validity_reasons"] == [
-        "mean bits <= 2: recorded routing does not react to quantization"
-    ]
-    coarse = replace(SYSTEM.format, rel_mse={16: 0.0, 8: 0.0, 4: 0.6, 2: 0.7})
-    bad = evaluate([], toy_trace([3]), MODEL, replace(SYSTEM, format=coarse), hbm_budget=0).rows[0]
-    assert bad["validity_reasons"] == ["ΔNLL > 1.5 nats: outside the quality model"]
-    assert bad["delta_nll_nats"] == pytest.approx(1.8)  # flagged, not clamped
-
-
-def test_seed_ndp_is_extrapolated_beyond_batch_twelve() -> None:
-    seed = replace(SYSTEM, far=replace(SYSTEM.far, name="seed_ndp"))
-    result = evaluate([], toy_trace([3] * 3), MODEL, seed, batch_sizes=(12, 13), hbm_budget=0)
-    assert [r["validity"] for r in result.rows if r["policy"] == "all_far4"] == [
-        "in_range",
-        "extrapolated",
-    ]
 
 
 def test_every_token_counts_once_whatever_the_batching() -> None:
@@ -277,56 +160,6 @@ def test_every_token_counts_once_whatever_the_batching() -> None:
                 assert row["n_tokens"] == trace.requests.n_decode[test].sum()
                 assert row["n_requests"] == len(test)
                 assert row["n_conversations"] == 10
-
-
-def test_window_seconds_go_to_conversations_by_their_tokens() -> None:
-    """Two slots decode 3 and 1 tokens in one window of 4 steps; then nothing is left."""
-    measured = run_policy(all_far4().make(), task_of(toy_trace([4, 2]), batch_size=2), seed=0)
-    assert measured.tokens.tolist() == [3.0, 1.0]
-    assert measured.seconds == pytest.approx(measured.totals["decode_s"] * np.array([0.75, 0.25]))
-    assert len(measured.step_s[0]) == 3  # the fourth step decoded nothing
-    assert measured.ttft_s[1] > measured.ttft_s[0]  # prefills run one after the other
-
-
-def test_intervals_need_sixteen_conversations_in_the_recording() -> None:
-    few = rows_of([], make_trace(n_conversations=15), batch_sizes=(2,), hbm_budget=PLENTY)
-    assert few["all_far4"]["tokens_per_s_ci95"] is None
-    assert few["all_hbm"]["speedup_vs_all_far4_ci95"] is None
-    assert few["all_far4"]["notes"][-1] == (
-        "no intervals: 15 of 16 conversations in the recording, "
-        "8 of 8 blocks of 2 conversations that are needed"
-    )
-    many = rows_of(
-        ["all_far2"], make_trace(n_conversations=80), batch_sizes=(1,), hbm_budget=PLENTY
-    )
-    assert not any("intervals" in note for note in many["all_far2"]["notes"])
-    low, high = many["all_far2"]["tokens_per_s_ci95"] or (0, 0)
-    assert low < (many["all_far2"]["tokens_per_s"] or 0) < high
-    assert many["all_far4"]["speedup_vs_all_far4_ci95"] == pytest.approx((1.0, 1.0))
-    low, high = many["all_far2"]["speedup_vs_all_far4_ci95"] or (0, 0)
-    wide = np.diff(many["all_far2"]["tokens_per_s_ci95"] or (0, 0))[0]
-    assert (high - low) / high < 0.3 * wide / (many["all_far2"]["tokens_per_s"] or 1)  # paired
-
-
-def test_intervals_need_eight_blocks_of_conversations_that_decoded_together() -> None:
-    """80 conversations, 20 of them in test: 20, 10 and 3 blocks."""
-    result = evaluate([], make_trace(n_conversations=80), MODEL, SYSTEM, batch_sizes=(1, 2, 8))
-    one, two, eight = (row for row in result.rows if row["policy"] == "all_far4")
-    assert (one["n_conversations"], one["notes"]) == (20, [])
-    assert two["tokens_per_s_ci95"] is not None
-    assert two["notes"] == ["intervals from 10 blocks of conversations: somewhat too narrow"]
-    assert eight["tokens_per_s_ci95"] is eight["speedup_vs_all_far4_ci95"] is None
-    assert eight["delta_nll_nats_ci95"] is None
-    assert eight["notes"] == ["no intervals: 3 of 8 blocks of 8 conversations that are needed"]
-
-
-def test_conversations_are_summed_in_order_of_first_admission() -> None:
-    """Ids 7 and 3: the first request run belongs to 7."""
-    trace = toy_trace([4, 2, 3])
-    requests = replace(trace.requests, conversation=np.array([7, 3, 7]))
-    again = RoutingTrace(trace.expert_ids, trace.gate_weights, requests, trace.metadata)
-    measured = run_policy(all_far4().make(), task_of(again, batch_size=1), seed=0)
-    assert measured.tokens.tolist() == [3.0 + 2.0, 1.0]
 
 
 def test_policies_that_need_a_train_profile_are_not_applicable_without_one() -> None:
@@ -477,16 +310,3 @@ def test_of_several_models_each_recording_takes_those_it_agrees_with() -> None:
     wide = replace(MODEL, name="wide", n_experts=6)
     pairs = combinations([toy_trace([3]), make_trace(n_experts=6)], [MODEL, wide], SYSTEM)
     assert [(p.label, p.model.name) for p in pairs] == [("toy", "toy"), ("tiny", "wide")]
-
-
-def test_notes_say_what_the_recording_lacks() -> None:
-    trace = toy_trace([3], phases="first 128 tokens taken as prefill")
-    bare = RoutingTrace(trace.expert_ids, None, trace.requests, trace.metadata)
-    row = rows_of([], bare)["all_far4"]
-    assert row["gates"] == "rank profile of toy"
-    assert row["notes"] == [
-        "gate weights not recorded: rank profile of toy",
-        "first 128 tokens taken as prefill",
-        "no intervals: 1 of 16 conversations in the recording, "
-        "1 of 8 blocks of 8 conversations that are needed",
-    ]
