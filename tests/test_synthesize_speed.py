@@ -17,7 +17,16 @@ WITHIN = 0.03  # of the tokens per second; a window's routing moves them by a fe
 
 def speeds(path: Path, folder: Path) -> dict[str, float]:
     out = folder / f"{path.name}.json"
-    setting = "--model mixtral-8x7b --system h100_cxl_pnm --hbm-budget 0.05 --batch-size 1".split()
+    setting = [
+        "--model",
+        "mixtral-8x7b",
+        "--system",
+        "h100_cxl_pnm",
+        "--hbm-budget",
+        "0.05",
+        "--batch-size",
+        "1",
+    ]
     files = ["--trace", str(path), "--json", str(out)]
     main(["evaluate", *setting, *files, "--policies", ",".join(POLICIES)])
     rows = json.loads(out.read_text())["rows"]
