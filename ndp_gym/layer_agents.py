@@ -1,0 +1,215 @@
+"""Layer agents: every routed layer decides for itself, and all share one policy.
+
+An agent sees dimensionless features of its layer and answers with four numbers in [-1, 1]; a
+compiled decoder (`ndp_gym.layer_loops`) turns the answers of all layers into one plan that keeps
+the HBM budget. Nothing depends on the number of layers or experts, so an agent trained on one model
+runs on any. Formulation of ``learning.md`` section 2, with widths in HBM priced per byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ndp_gym.cost import CostTable
+from ndp_gym.lanes import Observations
+from ndp_gym.layer_features import FEATURES, Estimate, features_of, outside_s
+from ndp_gym.layer_forecast import LaneForecaster, Routing, entry
+from ndp_gym.outcome import Outcome
+from ndp_gym.plan import HBM
+from ndp_gym.planners import facts_of
+from ndp_gym.quality import QualityModel, layer_weights
+from ndp_gym.specs import MoESpec, SystemSpec
+
+__all__ = ["ACTIONS", "Decided", "LayerAgents", "layer_rewards"]
+
+FloatArray = NDArray[np.float64]
+
+ACTIONS = ("far_value", "price", "hysteresis", "mix")
+"""What the four numbers steer; at 0 the decoder does what `balance` does by default.
+
+``far_value``: seconds of the far device count ``2 ** a``-fold when experts are chosen for HBM;
+``price``: seconds against quality, ``2 ** a``; ``hysteresis``: seconds of copies, ``16 ** a``;
+``mix``: expected routing, -1 the prompts, 0 the usual blend, 1 the last windows.
+"""
+
+
+class Decided(NamedTuple):
+    """Plans of N lanes: tier, bits and migration order, [N, L, E] each."""
+
+    tier: NDArray[np.uint8]
+    bits: NDArray[np.uint8]
+    order: FloatArray
+
+
+class LayerAgents:
+    """Features of and plans for the layers of N lanes; call `observe`, then `decide`, per window.
+
+    Args:
+        model: sizes.
+        system: the nominal system.
+        quality: error model.
+        quality_weight: reward lost per nat.
+        window: decode steps per plan.
+        n_lanes: lanes N.
+        profile: [L, E] loads on the train split, where known.
+        features: (offset, scale) of the features used, by name and in this order.
+
+    Raises:
+        ValueError: a feature does not exist.
+    """
+
+    def __init__(
+        self,
+        model: MoESpec,
+        system: SystemSpec,
+        quality: QualityModel,
+        quality_weight: float,
+        window: int,
+        *,
+        n_lanes: int = 1,
+        profile: ArrayLike | None = None,
+        features: Mapping[str, tuple[float, float]] = FEATURES,
+    ) -> None:
+        """Read the nominal costs; every lane then waits for `reset`."""
+        unknown = sorted(features.keys() - FEATURES.keys())
+        if unknown:
+            raise ValueError(f"layer agents have no features {unknown}; they have {list(FEATURES)}")
+        self.features = dict(features)
+        self._shape = (model.n_layers, model.n_experts)
+        self._top_k, self._window = model.top_k, window
+        self._facts = facts_of(model, system, quality, quality_weight, window)
+        self._weights = layer_weights(model)
+        self._forecaster = LaneForecaster(n_lanes, self._shape, profile)
+        self._wanted = np.zeros((n_lanes, *self._shape), np.int64)
+        self._has_plan = np.zeros(n_lanes)
+        self._loops = import_module("ndp_gym.layer_loops")  # numba comes with it
+        self._table = _loop_table(self._facts.table, window, model.top_k)
+        self._seen: tuple[Observations, Routing, Estimate] | None = None
+
+    def reset(self, lane: int) -> None:
+        """Start one lane's episode."""
+        self._forecaster.reset(lane)
+        self._wanted[lane] = 0
+        self._has_plan[lane] = 0
+
+    def observe(
+        self, observations: Observations, only: Sequence[int] | None = None
+    ) -> NDArray[np.float32]:
+        """[N, L, F] scaled features from observations [N, ...], clipped to [-5, 5].
+
+        Call it once per window. Where some lanes have been reset since, a second call names
+        ``only`` those, so that the others do not count their last window twice.
+        """
+        routing = self._forecaster(observations, only)
+        share = self._forecaster.mixed(routing, np.zeros(routing.base.shape[:2]))
+        estimate = self._estimate(observations, share)
+        self._seen = observations, routing, estimate
+        columns = features_of(observations, routing, estimate, self._facts, self._weights)
+        scaled = [(columns[n] - offset) / scale for n, (offset, scale) in self.features.items()]
+        return np.stack(scaled, axis=-1).clip(-5, 5).astype(np.float32)
+
+    def decide(self, actions: NDArray[np.floating]) -> Decided:
+        """The plans behind ``actions`` [N, L, 4] for what was last observed.
+
+        Raises:
+            ValueError: nothing was observed yet, or an action is not finite.
+        """
+        if not np.isfinite(actions).all():
+            raise ValueError("actions of layer agents must be finite, got nan or inf")
+        if self._seen is None:
+            raise ValueError("observe() must come before decide()")
+        observations, routing, estimate = self._seen
+        actions = np.clip(np.asarray(actions, np.float64), -1, 1)
+        share = self._forecaster.mixed(routing, actions[..., ACTIONS.index("mix")])
+        load, active = _expected(share, estimate.n_tokens, self._top_k)
+        energy = 0.5 * routing.gates + 0.5 * share
+        lost = self._facts.loss * energy[..., None] + self._facts.guard
+        is_near = observations["tier"] == HBM
+        present = np.where(is_near, observations["bitwidth"], 0).astype(np.int64)
+        shape = present.shape
+        decided = Decided(np.empty(shape, np.uint8), np.empty(shape, np.uint8), np.empty(shape))
+        self._loops.decide(
+            actions, (load, active, estimate.n_tokens), (present, self._wanted),
+            np.floor(entry(observations["context"], "hbm_budget_bytes")),
+            (1 / estimate.step_s, lost, self._has_plan),
+            self._table, self._facts.in_place, *decided,
+        )  # fmt: skip
+        self._wanted = np.where(decided.tier == HBM, decided.bits, 0).astype(np.int64)
+        self._has_plan.fill(1)
+        return decided
+
+    def _estimate(self, observations: Observations, share: FloatArray) -> Estimate:
+        """Nominal seconds of a decode step for the expected routing, and what was measured."""
+        table, context = self._facts.table, observations["context"]
+        n_tokens = np.maximum(entry(context, "n_live"), 1.0)
+        load, active = _expected(share, n_tokens, self._top_k)
+        layers_s, rest_s = outside_s(table, n_tokens, n_tokens * entry(context, "mean_context"))
+        middle = int(np.abs(table.bits - 4).argmin())
+        one_s = np.maximum(
+            table.far_weight_s[middle],
+            np.maximum(load / np.maximum(active, 1e-12), table.far_min_tokens)
+            * table.far_token_s[middle],
+        )
+        if not self._facts.in_place:
+            one_s = np.full_like(load, table.copy_s[middle] + table.gpu_weight_s[middle])
+        far_s = (active * one_s).sum(axis=-1)
+        gpu_s = active.sum(axis=-1) * table.gpu_weight_s[middle]
+        seconds = observations["layer"].astype(np.float64)
+        measured_s = seconds[..., 0] + seconds[..., 3]
+        guess_s = np.where(measured_s.any(axis=1)[:, None], measured_s, 0.5 * far_s)
+        return Estimate(
+            load=load,
+            active=active,
+            n_tokens=n_tokens,
+            outside_s=layers_s,
+            far_s=far_s,
+            gpu_s=gpu_s,
+            experts_s=guess_s,
+            step_s=(layers_s + guess_s).sum(axis=1) + rest_s,
+            rest_s=rest_s,
+        )
+
+
+def layer_rewards(
+    outcome: Outcome, model: MoESpec, quality: QualityModel, quality_weight: float
+) -> FloatArray:
+    """[N, L] difference rewards: what each layer adds to the window's reward, times L.
+
+    ``L (log((T - t + t_ref) / T) - weight (D - D_ref))`` with the layer's own seconds t and nats D:
+    the environment's reward minus what it would be had this layer been served as in the reference.
+    Its gradient in the layer's own seconds is that of the environment's reward, but it does not
+    know that layers compete for HBM. (``learning.md`` has ``(t_ref - t) / T``; far from the
+    reference its mean, ``T_ref / T - 1``, pays for speed at any price.) Requantisation and the
+    guard of super experts belong to no layer.
+    """
+    seconds = outcome.decode_s[:, None]
+    speed = np.log((seconds - outcome.layer_s + outcome.ref_layer_s) / seconds)
+    error = (outcome.layer_error - outcome.ref_layer_error) / np.maximum(
+        outcome.layer_energy, 1e-300
+    )
+    lost = quality.kappa * layer_weights(model) * error
+    rewards: FloatArray = model.n_layers * (speed - quality_weight * lost)
+    return rewards
+
+
+def _expected(share: FloatArray, n_tokens: FloatArray, top_k: int) -> tuple[FloatArray, FloatArray]:
+    """Tokens per step and probability of any, [N, L, E], if tokens choose independently."""
+    chance = np.minimum(top_k * share, 1.0)
+    n = n_tokens[:, None, None]
+    return n * chance, 1 - (1 - chance) ** n
+
+
+def _loop_table(table: CostTable, window: int, top_k: int) -> tuple[object, ...]:
+    scalars = (
+        table.gpu_token_s, table.link_latency_s, table.activation_token_s, table.far_floor_s,
+        float(table.far_min_tokens), float(window), float(top_k),
+    )  # fmt: skip
+    return (
+        table.bits, table.weight_bytes.astype(np.float64), table.index_of, table.gpu_weight_s,
+        table.gpu_launch_s, table.far_weight_s, table.copy_s, table.far_token_s, scalars,
+    )  # fmt: skip

@@ -1,0 +1,185 @@
+"""Layer agents as a `VecEnv` of Stable-Baselines3: N copies of the environment, L agents in each.
+
+Agent ``lane * L + layer`` sees and decides for one layer of one copy (`ndp_gym.layer_agents`); SB3
+trains one policy for all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env.base_vec_env import (
+    VecEnv,
+    VecEnvIndices,
+    VecEnvObs,
+    VecEnvStepReturn,
+)
+
+from ndp_gym.budget import HbmBudget
+from ndp_gym.inputs import ModelLike, SystemLike, TraceLike, find_model, find_system, open_trace
+from ndp_gym.lanes import Lanes
+from ndp_gym.layer_agents import ACTIONS, LayerAgents, layer_rewards
+from ndp_gym.reward import quality_weight as weight_of
+from ndp_gym.reward import reward, reward_terms
+from ndp_gym.rollout import train_profile
+from ndp_gym.schedule import Scheduling
+
+__all__ = ["LayerVecEnv"]
+
+REWARD_SCALE = 3.0
+"""Rewards are multiplied by it, as in the study, so that values are of order 1."""
+
+
+class LayerVecEnv(VecEnv):
+    """``n_lanes * n_layers`` agents; arguments as for `NDPPlacementEnv`.
+
+    Args:
+        n_lanes: copies of the environment.
+        own: share of an agent's reward that is its own layer's (`layer_rewards`); the rest is the
+            environment's, the same for all layers of a copy. HBM is one budget, and what a layer
+            takes the others pay for: at 0.2 agents already drift towards buying HBM with quality.
+        max_windows: windows per episode.
+        others: see `NDPPlacementEnv`.
+
+    ``info["episode"]`` of a copy's first layer has the return of the environment's own reward.
+
+    Raises:
+        ValueError: an argument is out of range, or recording, model and system do not agree.
+        OSError: the recording cannot be read.
+    """
+
+    def __init__(
+        self,
+        n_lanes: int = 8,
+        *,
+        trace: TraceLike = None,
+        model: ModelLike = None,
+        system: SystemLike = None,
+        batch_size: int = 8,
+        window: int = 16,
+        hbm_budget: HbmBudget = 0.10,
+        split: str = "train",
+        scheduling: Scheduling = "continuous",
+        max_windows: int = 64,
+        quality_weight: str | float = "balanced",
+        own: float = 0.0,
+    ) -> None:
+        """Open the recording; nothing is reset yet."""
+        if not 0 <= own <= 1:
+            raise ValueError(f"own must be in 0..1, got {own}")
+        self.render_mode = None
+        opened = open_trace(trace)
+        self.lanes = Lanes(
+            opened, find_model(model, opened), find_system(system), n_lanes=n_lanes,
+            batch_size=batch_size, window=window, hbm_budget=hbm_budget, scheduling=scheduling,
+            quality_weight=weight_of(quality_weight),
+        )  # fmt: skip
+        self.agents = LayerAgents(
+            self.lanes.model, self.lanes.system, self.lanes.simulator.quality,
+            self.lanes.quality_weight, window, n_lanes=n_lanes, profile=train_profile(opened),
+        )  # fmt: skip
+        self._requests = opened.split_requests(split)
+        self._own, self._max_windows = own, max_windows
+        self._n_layers = self.lanes.model.n_layers
+        self._rngs = [np.random.default_rng() for _ in range(n_lanes)]
+        self._returns, self._n_windows = np.zeros(n_lanes), np.zeros(n_lanes, np.int64)
+        self._started = time.time()
+        self._actions: NDArray[Any] = np.empty(0)
+        super().__init__(
+            n_lanes * self._n_layers,
+            spaces.Box(-5.0, 5.0, (len(self.agents.features),), np.float32),
+            spaces.Box(-1.0, 1.0, (len(ACTIONS),), np.float32),
+        )
+
+    def reset(self) -> VecEnvObs:
+        """Start an episode on every copy; seed ``s`` gives copy i the generator of ``s + i``."""
+        if self._seeds[0] is not None:
+            self._rngs = [np.random.default_rng(seed) for seed in self._seeds[: len(self._rngs)]]
+        for lane in range(self.lanes.n_lanes):
+            self._restart(lane)
+        self._reset_seeds()
+        return self._observe()
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        """Keep the actions [N * L, 4] for `step_wait`."""
+        self._actions = actions
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """One window on every copy; those that end begin again at once."""
+        lanes, n_lanes = self.lanes, self.lanes.n_lanes
+        decided = self.agents.decide(self._actions.reshape(n_lanes, self._n_layers, -1))
+        outcome = lanes.advance(*decided)
+        weight = lanes.quality_weight
+        own = layer_rewards(outcome, lanes.model, lanes.simulator.quality, weight)
+        whole = reward(reward_terms(outcome), weight)
+        rewards = REWARD_SCALE * (self._own * own + (1 - self._own) * whole[:, None])
+        self._returns += whole
+        self._n_windows += 1
+        ended = lanes.is_done | (self._n_windows >= self._max_windows)
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        observations = self._observe()
+        if ended.any():
+            observations = self._begin_again(np.flatnonzero(ended).tolist(), observations, infos)
+        done = np.repeat(ended, self._n_layers)
+        return observations, rewards.reshape(-1).astype(np.float32), done, infos
+
+    def _begin_again(
+        self, ended: list[int], final: NDArray[np.float32], infos: list[dict[str, Any]]
+    ) -> NDArray[np.float32]:
+        """Note the ends in ``infos`` and reset those copies -> observations of all."""
+        for lane in ended:
+            first = lane * self._n_layers
+            for agent in range(first, first + self._n_layers):
+                infos[agent]["terminal_observation"] = final[agent]
+                infos[agent]["TimeLimit.truncated"] = True
+            infos[first]["episode"] = {
+                "r": float(self._returns[lane]),
+                "l": int(self._n_windows[lane]),
+                "t": time.time() - self._started,
+            }
+            self._restart(lane)
+        return self._observe(ended)
+
+    def _restart(self, lane: int) -> None:
+        self.lanes.reset(lane, self._rngs[lane].permutation(self._requests))
+        self.agents.reset(lane)
+        self._returns[lane], self._n_windows[lane] = 0.0, 0
+
+    def _observe(self, restarted: Sequence[int] = ()) -> NDArray[np.float32]:
+        """[N * L, F]; after a first look at this window only ``restarted`` lanes learn anew."""
+        features = self.agents.observe(self.lanes.observe(), only=restarted or None)
+        return features.reshape(self.num_envs, -1)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """The attribute of this object, once per agent."""
+        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Set an attribute of this object, whatever the indices."""
+        setattr(self, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **kwargs: Any
+    ) -> list[Any]:
+        """Agents are no environments of their own.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError(f"layer agents have no method {method_name!r}")
+
+    def env_is_wrapped(
+        self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
+    ) -> list[bool]:
+        """Only Monitor's episode statistics are kept."""
+        return [issubclass(Monitor, wrapper_class) for _ in self._get_indices(indices)]

@@ -1,0 +1,191 @@
+"""Compiled loops of the layer agents: prices and forecasts to one plan per lane.
+
+Every expert takes the cheapest of: far at its best width, HBM at any width plus a price per byte.
+The byte price rises in a layer until its GPU side is no slower than its far side, and in all layers
+until the budget holds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+FAR_VALUE, PRICE, HYSTERESIS, MIX = range(4)
+"""The four numbers of a layer's action."""
+_ROUNDS = 20  # halvings of a price range of six decades
+
+
+@njit(cache=True, nogil=True)
+def cheapest(layer, e, byte_price, costs):  # type: ignore[no-untyped-def]
+    """Width index in HBM of the expert at this byte price, -1 where it stays far."""
+    far_cost, hbm_cost, n_bytes = costs[0], costs[1], costs[2]
+    best, index = far_cost[layer, e], -1
+    for b in range(hbm_cost.shape[2]):
+        cost = hbm_cost[layer, e, b] + byte_price * n_bytes[layer, e, b]
+        if cost < best:
+            best, index = cost, b
+    return index
+
+
+@njit(cache=True, nogil=True)
+def layer_bytes(layer, byte_price, costs):  # type: ignore[no-untyped-def]
+    """HBM bytes of one layer at this price."""
+    total = 0.0
+    for e in range(costs[0].shape[1]):
+        index = cheapest(layer, e, byte_price, costs)
+        if index >= 0:
+            total += costs[2][layer, e, index]
+    return total
+
+
+@njit(cache=True, nogil=True)
+def excess_s(layer, byte_price, costs, seconds, loads, constants):  # type: ignore[no-untyped-def]
+    """Seconds by which the GPU side of a layer exceeds its far side at this price."""
+    gpu_s, far_s, launch_s = seconds
+    load, active, factor = loads
+    token_s, latency_s, activation_s, floor_s, n_tokens, top_k = constants
+    busy = np.zeros(launch_s.size)
+    gpu, far, hbm_load = 0.0, 0.0, 0.0
+    for e in range(load.shape[1]):
+        index = cheapest(layer, e, byte_price, costs)
+        if index >= 0:
+            gpu += gpu_s[layer, e, index]
+            busy[index] += active[layer, e]
+            hbm_load += load[layer, e]
+        else:
+            far += far_s[layer, e]
+    gpu = max(gpu, hbm_load * token_s)
+    for b in range(launch_s.size):
+        gpu += launch_s[b] * (1 - math.exp(-busy[b]))
+    stays = min(hbm_load / (n_tokens * top_k), 1.0) ** top_k
+    any_far = 1 - stays**n_tokens
+    far += any_far * 2 * latency_s + n_tokens * (1 - stays) * activation_s
+    return gpu - factor[layer] * max(far, any_far * floor_s)
+
+
+@njit(cache=True, nogil=True)
+def settle(costs, seconds, loads, constants, budget, top_price, in_place, chosen):  # type: ignore[no-untyped-def]
+    """Fill ``chosen`` [L, E] with HBM width indices (-1 far) that keep the budget; one lane."""
+    n_layers, n_experts = chosen.shape
+    least = np.full(n_layers, top_price * 1e-6)
+    if in_place:  # the two sides work at once: HBM is filled only while that helps the slower
+        for layer in range(n_layers):
+            if excess_s(layer, least[layer], costs, seconds, loads, constants) > 0:
+                low, high = least[layer], top_price
+                for _ in range(_ROUNDS):
+                    middle = math.sqrt(low * high)
+                    if excess_s(layer, middle, costs, seconds, loads, constants) > 0:
+                        low = middle
+                    else:
+                        high = middle
+                least[layer] = high
+    low, high = top_price * 1e-6, top_price * 1.01
+    for step in range(_ROUNDS + 1):
+        middle = low if step == 0 else math.sqrt(low * high)
+        total = 0.0
+        for layer in range(n_layers):
+            total += layer_bytes(layer, max(middle, least[layer]), costs)
+        if total <= budget:
+            high = middle
+            if step == 0:
+                break
+        else:
+            low = middle
+    used = 0.0
+    for layer in range(n_layers):
+        for e in range(n_experts):
+            chosen[layer, e] = cheapest(layer, e, max(high, least[layer]), costs)
+            if chosen[layer, e] >= 0:
+                used += costs[2][layer, e, chosen[layer, e]]
+    for layer in range(n_layers):  # what a slightly lower price would buy, while there is room
+        for e in range(n_experts):
+            index, now = cheapest(layer, e, max(low, least[layer]), costs), chosen[layer, e]
+            if index != now and index >= 0:
+                extra = costs[2][layer, e, index] - (costs[2][layer, e, now] if now >= 0 else 0.0)
+                if used + extra <= budget:
+                    used += extra
+                    chosen[layer, e] = index
+
+
+@njit(cache=True, nogil=True)
+def decide(actions, forecast, held, budgets, prices, table, in_place, tier, bits, order):  # type: ignore[no-untyped-def]
+    """Fill tier, bits and order [N, L, E] with the plans behind ``actions`` [N, L, 4].
+
+    Args:
+        actions: numbers in [-1, 1].
+        forecast: load, active [N, L, E], and expected tokens per step [N].
+        held: bits present in HBM and bits wanted by the last plan [N, L, E]; copies of either
+            are paid already, and the budget charges what is present.
+        budgets: [N] HBM bytes.
+        prices: 1 / expected step seconds [N], reward lost by each copy [N, L, E, NB], and whether
+            a plan has been loaded, so that copies cost something, [N].
+        table: widths, bytes, gpu, launch, far and copy seconds [NB], far seconds per token [NB],
+            and (GPU token, link latency, activation, floor, least far tokens, window, top-k).
+        in_place: whether the far device computes.
+        tier: filled.
+        bits: filled.
+        order: filled, higher moves first.
+    """
+    load, active, n_tokens = forecast
+    present, wanted = held
+    rate, lost, has_plan = prices
+    widths, w_bytes, index_of, gpu_w, launch_s, far_w, copy_w, far_token, scalars = table
+    token_s, latency_s, activation_s, floor_s, least_tokens, window, top_k = scalars
+    n_lanes, n_layers, n_experts = load.shape
+    nb = widths.size
+    far_cost = np.empty((n_layers, n_experts))
+    far_index = np.empty((n_layers, n_experts), np.int64)
+    far_s = np.empty((n_layers, n_experts))
+    hbm_cost = np.empty((n_layers, n_experts, nb))
+    n_bytes = np.empty((n_layers, n_experts, nb))
+    gpu_s = np.empty((n_layers, n_experts, nb))
+    factor = np.empty(n_layers)
+    chosen = np.empty((n_layers, n_experts), np.int64)
+    for n in range(n_lanes):
+        top_price = 0.0
+        for layer in range(n_layers):
+            a = actions[n, layer]
+            factor[layer] = 2.0 ** a[FAR_VALUE]
+            second = rate[n] * 2.0 ** a[PRICE]
+            copy_price = second * 0.05 * 16.0 ** a[HYSTERESIS] / window * has_plan[n]
+            for e in range(n_experts):
+                use = active[n, layer, e]
+                tokens = max(load[n, layer, e] / max(use, 1e-12), least_tokens)
+                best = np.inf
+                for b in range(nb):
+                    if in_place:
+                        one = use * max(far_w[b], tokens * far_token[b])
+                    else:
+                        one = use * (copy_w[b] + gpu_w[b])
+                    cost = second * one + lost[n, layer, e, b]
+                    if cost < best:
+                        best, far_index[layer, e], far_s[layer, e] = cost, b, one
+                best += second * (factor[layer] - 1) * far_s[layer, e]
+                far_cost[layer, e] = best
+                here, ordered = present[n, layer, e], wanted[n, layer, e]
+                for b in range(nb):
+                    gpu_s[layer, e, b] = use * gpu_w[b]
+                    paid = widths[b] in (here, ordered)
+                    cost = lost[n, layer, e, b] + (0.0 if paid else copy_price * copy_w[b])
+                    cost += second * gpu_s[layer, e, b] * (0.1 if in_place else 1.0)
+                    hbm_cost[layer, e, b] = cost
+                    n_bytes[layer, e, b] = w_bytes[b]
+                    if here > 0:
+                        n_bytes[layer, e, b] = max(w_bytes[b], w_bytes[index_of[here]])
+                    top_price = max(top_price, (best - cost) / n_bytes[layer, e, b])
+        settle(
+            (far_cost, hbm_cost, n_bytes), (gpu_s, far_s, launch_s),
+            (load[n], active[n], factor),
+            (token_s, latency_s, activation_s, floor_s, n_tokens[n], top_k),
+            budgets[n], max(top_price, 1e-30), in_place, chosen,
+        )  # fmt: skip
+        for layer in range(n_layers):
+            for e in range(n_experts):
+                index = chosen[layer, e]
+                is_hot = index >= 0
+                tier[n, layer, e] = 0 if is_hot else 1
+                bits[n, layer, e] = widths[index if is_hot else far_index[layer, e]]
+                gain = far_cost[layer, e] - hbm_cost[layer, e, index] if is_hot else 0.0
+                order[n, layer, e] = gain / n_bytes[layer, e, index] if is_hot else -1.0

@@ -1,0 +1,191 @@
+"""Layer agents: plans that keep the budget, the forecast of the heuristics, rewards that add up."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ndp_gym import presets
+from ndp_gym.forecast import Blend, Forecaster, shares
+from ndp_gym.inputs import open_trace
+from ndp_gym.lanes import Lanes
+from ndp_gym.layer_agents import ACTIONS, LayerAgents, layer_rewards
+from ndp_gym.layer_env import LayerVecEnv
+from ndp_gym.layer_features import FEATURES
+from ndp_gym.layer_forecast import LaneForecaster
+from ndp_gym.plan import HBM
+from ndp_gym.planners import facts_of
+from ndp_gym.quality import QualityModel
+from ndp_gym.reward import reward, reward_terms
+from ndp_gym.specs import SystemSpec
+from tests.conftest import make_trace
+from tests.toy import MODEL, SYSTEM
+
+TRACE = make_trace()
+N, L = 3, MODEL.n_layers
+
+
+def lanes_of(n_lanes: int = N, system: SystemSpec = SYSTEM, hbm_budget: Any = 0.3) -> Lanes:
+    lanes = Lanes(
+        TRACE, MODEL, system, n_lanes=n_lanes, batch_size=3, window=4, hbm_budget=hbm_budget
+    )
+    for lane in range(n_lanes):
+        lanes.reset(lane, np.random.default_rng(lane).permutation(len(TRACE.requests)))
+    return lanes
+
+
+def agents_of(lanes: Lanes) -> LayerAgents:
+    return LayerAgents(
+        lanes.model, lanes.system, QualityModel(), 4.0, lanes.window, n_lanes=lanes.n_lanes
+    )
+
+
+def actions_of(rng: np.random.Generator, n_lanes: int = N) -> NDArray[np.float64]:
+    return rng.uniform(-1, 1, (n_lanes, L, len(ACTIONS)))
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.1, 0.3, 1.0])
+def test_whatever_the_actions_plans_keep_the_budget(budget: float) -> None:
+    lanes, rng = lanes_of(hbm_budget=budget), np.random.default_rng(0)
+    agents = agents_of(lanes)
+    for _ in range(8):
+        features = agents.observe(lanes.observe())
+        assert features.shape == (N, L, len(FEATURES))
+        assert features.dtype == np.float32
+        assert np.isfinite(features).all()
+        assert np.abs(features).max() <= 5
+        outcome = lanes.advance(*agents.decide(actions_of(rng)))
+        assert (outcome.n_repaired == 0).all()
+        assert (outcome.tokens > 0).all()
+
+
+def test_a_copy_decides_as_it_would_alone() -> None:
+    together, rng = lanes_of(), np.random.default_rng(1)
+    alone = [lanes_of(lane + 1) for lane in range(N)]  # lane i of each has the same requests
+    agents, singles = agents_of(together), [agents_of(lanes) for lanes in alone]
+    for _ in range(5):
+        actions = actions_of(rng)
+        features = agents.observe(together.observe())
+        decided = agents.decide(actions)
+        together.advance(*decided)
+        for lane, (lanes, single) in enumerate(zip(alone, singles, strict=True)):
+            np.testing.assert_array_equal(
+                single.observe(lanes.observe())[lane], features[lane], strict=True
+            )
+            mine = single.decide(actions[: lane + 1])
+            for one, other in zip(mine, decided, strict=True):
+                np.testing.assert_array_equal(one[lane], other[lane])
+            lanes.advance(*mine)
+
+
+def test_the_forecast_at_rest_is_that_of_the_forecaster() -> None:
+    lanes, rng = lanes_of(), np.random.default_rng(2)
+    agents = agents_of(lanes)
+    batched = LaneForecaster(N, lanes.shape)
+    singles = [Forecaster(Blend(), MODEL.top_k) for _ in range(N)]
+    for _ in range(6):
+        observations = lanes.observe()
+        mixed = batched.mixed(batched(observations), np.zeros((N, L)))
+        for lane, single in enumerate(singles):
+            one = single({name: array[lane] for name, array in observations.items()})
+            np.testing.assert_allclose(shares(one.load), shares(mixed[lane]), atol=1e-9)
+        agents.observe(observations)
+        lanes.advance(*agents.decide(actions_of(rng)))
+
+
+def test_far_value_fills_hbm_and_price_buys_seconds_with_bits() -> None:
+    trace = open_trace()
+    model, system = presets.model("minimoe-16b"), presets.system("h100_cxl_seed_ndp")
+    lanes = Lanes(trace, model, system, hbm_budget=0.1)
+    lanes.reset(0, trace.split_requests("val"))
+    agents = LayerAgents(model, system, QualityModel(), 4.0, 16)
+    agents.observe(lanes.observe())
+
+    def decided(name: str, value: float) -> Any:
+        actions = np.zeros((1, model.n_layers, len(ACTIONS)))
+        actions[..., ACTIONS.index(name)] = value
+        return agents.decide(actions)
+
+    low, high = decided("far_value", -1), decided("far_value", 1)
+    assert (high.tier == HBM).sum() > 1.2 * (low.tier == HBM).sum()
+    low, high = decided("price", -1), decided("price", 1)
+    assert high.bits.mean() < low.bits.mean() - 0.5
+
+
+def test_a_far_device_that_only_stores_is_no_special_case() -> None:
+    system = replace(SYSTEM, far=replace(SYSTEM.far, can_compute=False))
+    lanes, rng = lanes_of(system=system, hbm_budget=0.02), np.random.default_rng(3)
+    agents = agents_of(lanes)
+    for _ in range(4):
+        agents.observe(lanes.observe())
+        outcome = lanes.advance(*agents.decide(actions_of(rng)))
+    assert (outcome.fetch_bytes > 0).any()
+
+
+def test_actions_that_mean_nothing_are_refused() -> None:
+    lanes = lanes_of()
+    agents = agents_of(lanes)
+    with pytest.raises(ValueError, match="observe"):
+        agents.decide(np.zeros((N, L, 4)))
+    agents.observe(lanes.observe())
+    with pytest.raises(ValueError, match="finite"):
+        agents.decide(np.full((N, L, 4), np.nan))
+    with pytest.raises(ValueError, match="no features"):
+        LayerAgents(MODEL, SYSTEM, QualityModel(), 4.0, 4, features={"luck": (0.0, 1.0)})
+
+
+def test_a_layers_reward_is_what_the_windows_reward_lacks_without_it() -> None:
+    lanes, rng = lanes_of(), np.random.default_rng(4)
+    agents = agents_of(lanes)
+    agents.observe(lanes.observe())
+    outcome = lanes.advance(*agents.decide(actions_of(rng)))
+    own = layer_rewards(outcome, MODEL, QualityModel(), 4.0)
+    whole = reward(reward_terms(outcome), 4.0)
+    for layer in range(L):
+        without = outcome.decode_s - outcome.layer_s[:, layer] + outcome.ref_layer_s[:, layer]
+        speed = np.log(outcome.ref_decode_s / without)
+        others = [i for i in range(L) if i != layer]
+        error = (outcome.layer_error - outcome.ref_layer_error) / outcome.layer_energy
+        weights = facts_of(MODEL, SYSTEM, QualityModel(), 1.0, 4).loss[:, 0, -1]
+        weights = 3.0 * weights / weights.sum()
+        rest = speed - 4.0 * (error * weights)[:, others].sum(axis=1)
+        np.testing.assert_allclose(own[:, layer] / L, whole - rest, rtol=1e-9)
+
+
+def vec_env(**kwargs: Any) -> LayerVecEnv:
+    defaults = {"trace": TRACE, "model": MODEL, "system": SYSTEM, "batch_size": 3, "window": 4}
+    return LayerVecEnv(N, **{**defaults, "hbm_budget": 0.3, "max_windows": 5, **kwargs})
+
+
+def test_the_vec_env_pays_the_environments_reward_and_restarts() -> None:
+    env, rng = vec_env(), np.random.default_rng(0)
+    env.seed(0)
+    first = env.reset()
+    total = np.zeros(N)
+    for step in range(10):
+        observations, rewards, done, infos = env.step(rng.uniform(-1, 1, (N * L, 4)))
+        per_copy = rewards.reshape(N, L)
+        assert (per_copy == per_copy[:, :1]).all()
+        total += per_copy[:, 0] / 3.0
+        assert done.all() == (step % 5 == 4)
+        if done.all():
+            returns = [infos[lane * L]["episode"]["r"] for lane in range(N)]
+            np.testing.assert_allclose(returns, total, rtol=1e-5)
+            assert all("terminal_observation" in info for info in infos)
+            total[:] = 0
+    env.seed(0)
+    np.testing.assert_array_equal(env.reset(), first)
+    assert observations.shape == first.shape == (N * L, len(FEATURES))
+
+
+def test_own_rewards_differ_between_layers() -> None:
+    env = vec_env(own=1.0)
+    env.seed(0)
+    env.reset()
+    _, rewards, _, _ = env.step(np.zeros((N * L, 4)))
+    per_copy = rewards.reshape(N, L)
+    assert (per_copy[:, 0] != per_copy[:, 1]).all()
+    with pytest.raises(ValueError, match=r"own must be in 0\.\.1"):
+        vec_env(own=2.0)
