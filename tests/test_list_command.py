@@ -4,6 +4,7 @@ import pytest
 
 from ndp_gym import presets
 from ndp_gym.cli import main
+from ndp_gym.commands.list import LISTINGS, fitting
 from tests.conftest import make_trace
 
 
@@ -59,3 +60,23 @@ def test_unknown_kind_is_one_sentence_and_exit_code_2(capsys):
         main(["list", "planets"])
     assert error.value.code == 2
     assert "invalid choice: 'planets'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["models", "systems", "policies"])
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_narrow_screen_shows_fewer_columns_and_whole_cells(capsys, monkeypatch, kind, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["list", kind]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    listing = LISTINGS[kind](False)
+    shown, left_out = fitting(listing, width)
+    assert "".join(lines).count(f"Not shown at {width} columns: {', '.join(left_out)}"[:60]) == 1
+    for row in listing.rows:
+        cells = [row[index] for index in shown if index < len(listing.columns) - 1]
+        assert any(all(cell in line for cell in cells) for line in lines)
+
+
+def test_a_wide_screen_shows_every_column():
+    for kind in ("models", "systems"):
+        assert fitting(LISTINGS[kind](False), 180)[1] == []

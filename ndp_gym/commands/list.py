@@ -5,17 +5,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-PLAIN_WIDTH = 180
-"""Columns used where the output is not a terminal."""
+from ndp_gym.commands import make_console
+
+PROSE_WIDTH = 24
+"""Columns from which on the cells of a last column without numbers may wrap."""
 
 
 class Listing(NamedTuple):
-    """A table: title, column heads (a leading ``>`` aligns right), rows and notes below."""
+    """A table: title, column heads (a leading ``>`` aligns right), rows and notes below.
+
+    ``optional`` names the columns that a narrow terminal may do without, least needed first.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
+    optional: Sequence[str] = ()
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,27 +37,54 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print one listing; returns the exit code 0."""
-    from rich.console import Console
     from rich.table import Table
 
     listing = LISTINGS[args.kind](args.sources)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_WIDTH)
+    console = make_console()
+    shown, left_out = fitting(listing, console.width)
     table = Table(title=listing.title, title_justify="left")
-    for index, head in enumerate(listing.columns):
+    for index in shown:
+        head = listing.columns[index]
         table.add_column(
             head.removeprefix(">"),
             justify="right" if head.startswith(">") else "left",
             overflow="fold",
-            no_wrap=index == 0,
+            no_wrap=index < len(listing.columns) - 1,
         )
     for row in listing.rows:
-        table.add_row(*row)
+        table.add_row(*(row[index] for index in shown))
     console.print(table)
+    if left_out:
+        console.print(
+            f"Not shown at {console.width} columns: {', '.join(left_out)}.",
+            markup=False,
+            highlight=False,
+        )
     for note in listing.notes:
         console.print(note, markup=False, highlight=False)
     return 0
+
+
+def fitting(listing: Listing, width: int) -> tuple[list[int], list[str]]:
+    """Indices of the columns that fit ``width`` terminal columns, and the heads of the others.
+
+    A column is as wide as its longest cell, the last one at most ``PROSE_WIDTH``, and takes 3 for
+    its border. Only ``listing.optional`` columns are left out.
+    """
+    last = len(listing.columns) - 1
+    needs = [
+        max(len(head.removeprefix(">")), *(len(row[index]) for row in listing.rows), 0)
+        for index, head in enumerate(listing.columns)
+    ]
+    needs[last] = min(needs[last], PROSE_WIDTH)
+    shown = list(range(last + 1))
+    left_out = []
+    for head in listing.optional:
+        if 1 + sum(needs[index] + 3 for index in shown) <= width:
+            break
+        shown.remove(listing.columns.index(head))
+        left_out.append(head.removeprefix(">"))
+    return shown, left_out
 
 
 def list_models(sources: bool) -> Listing:
@@ -82,7 +115,8 @@ def list_models(sources: bool) -> Listing:
         *(">MB/expert", ">experts GB", ">KV KiB/token", "assumed"),
     )
     notes = ["Layers: routed + dense. Sizes at 16 bit. Assumed: recalled or approximated fields."]
-    return Listing("Models", columns, rows, [*notes, *_sources(specs, sources)])
+    optional = ("assumed", ">H", ">I", ">KV KiB/token", ">active 1e9", ">MB/expert", ">total 1e9")
+    return Listing("Models", columns, rows, [*notes, *_sources(specs, sources)], optional)
 
 
 def list_systems(sources: bool) -> Listing:
@@ -113,7 +147,11 @@ def list_systems(sources: bool) -> Listing:
     )
     notes = ["Far GB/s is the effective rate (efficiency x peak). seed_sim is not a real device."]
     parts = [p for spec in specs for p in (spec, spec.gpu, spec.link, spec.far, spec.format)]
-    return Listing("Systems", columns, rows, [*notes, *_sources(parts, sources)])
+    optional = (
+        *("format", "GPU", ">link us", "stored bits", ">HBM GB/s", "far device"),
+        *(">far GB", ">HBM GB", "service"),
+    )
+    return Listing("Systems", columns, rows, [*notes, *_sources(parts, sources)], optional)
 
 
 def _sources(specs: Sequence[object], wanted: bool) -> list[str]:
@@ -142,7 +180,8 @@ def list_policies(_sources_wanted: bool) -> Listing:
         )
         return Listing("Policies", columns, [], [note])
     rows = [[name, target, _summary(target)] for name, target in sorted(package.POLICIES.items())]
-    return Listing("Policies", columns, rows, ["Others: module:attribute or my_policy.py:Mine."])
+    notes = ["Others: module:attribute or my_policy.py:Mine."]
+    return Listing("Policies", columns, rows, notes, optional=("factory",))
 
 
 def _summary(target: str) -> str:
@@ -189,7 +228,8 @@ def list_traces(_sources_wanted: bool) -> Listing:
         )
     columns = ("trace", "model", ">rows", "L x E, K", "/".join(SPLITS), "licence", "folder")
     notes = ["Import other recordings with: ndp-gym trace import."]
-    return Listing("Traces", columns, rows, notes)
+    optional = ("licence", "/".join(SPLITS), "L x E, K", ">rows")
+    return Listing("Traces", columns, rows, notes, optional)
 
 
 LISTINGS: dict[str, Callable[[bool], Listing]] = {

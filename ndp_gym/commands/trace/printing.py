@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ndp_gym.commands import make_console
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -41,14 +43,11 @@ def print_info(trace: "RoutingTrace", title: str) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Rows) -> None:
-    """Print a table; 180 columns wide where the output is not a terminal."""
-    from rich.console import Console
+    """Print a table; 180 columns wide where neither a terminal nor ``COLUMNS`` says the width."""
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)
+    console = make_console()
     table = Table(title=Text(title), title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
