@@ -16,9 +16,24 @@ from typing import Any
 import ndp_gym
 from ndp_gym.budget import HbmBudget
 from ndp_gym.contenders import Contender, PolicyLike, all_far4, all_hbm_rows, contenders
-from ndp_gym.inputs import Inputs, ModelLike, SystemLike, TraceLike, combinations, trace_argument
+from ndp_gym.inputs import (
+    Inputs,
+    ModelLike,
+    SystemLike,
+    TraceLike,
+    check_integer,
+    combinations,
+    distinct_integers,
+    trace_argument,
+)
 from ndp_gym.policy import InfeasibleError, MissingProfileError
-from ndp_gym.provenance import env_spec_json, git_commit, package_versions, spec_facts
+from ndp_gym.provenance import (
+    env_spec_json,
+    git_commit,
+    package_versions,
+    quality_facts,
+    spec_facts,
+)
 from ndp_gym.quality import QualityModel
 from ndp_gym.regret import add_regret, bounds_of
 from ndp_gym.results import AtQuality, Condition, EvaluationResult, Row, at_quality
@@ -68,15 +83,16 @@ def evaluate(
         models: preset names or specs; ``None`` takes each recording's own preset. Of several, each
             recording runs with those it agrees with.
         systems: preset names or specs; ``None`` is the default system.
-        batch_sizes: slots.
+        batch_sizes: slots, a condition each.
         window: decode steps per plan.
         hbm_budget: bytes, a share of all routed-expert bytes at 16 bit, or ``"auto"``.
         split: ``test``, or ``train`` and ``val`` for tuning and selection.
         scheduling: ``continuous`` or ``static`` batching.
         quality_weight: a name of `ndp_gym.reward.QUALITY_WEIGHTS`, or 1/nat.
-        quality: error model; the default one if ``None``.
+        quality: error model; the default one if ``None``, whose kappa was fitted with ``mse_g128``:
+            rows of other formats are then marked.
         max_windows: stop each run early.
-        seeds: for policies that draw random numbers.
+        seeds: for policies that draw random numbers, distinct.
         actual_systems: by nominal name, the system that really runs where it differs from what
             policies are told (a throttled GPU, a shared link); give it a name of its own.
         uncertainty: samples of the uncertain constants (see `ndp_gym.uncertainty`) under which
@@ -88,22 +104,22 @@ def evaluate(
         progress: called after every window.
 
     Raises:
-        ValueError: unknown names, recordings and models that disagree, budgets that do not fit.
+        ValueError: unknown names, recordings and models that disagree, budgets that do not fit,
+            numbers out of range, a policy that fails (`ndp_gym.policy_calls.PolicyError`).
     """
-    if uncertainty < 0:
-        raise ValueError(f"uncertainty must be >= 0 samples, got {uncertainty}")
-    if not seeds:
-        raise ValueError("seeds must hold at least one seed, got none")
+    batch_sizes = distinct_integers("batch_sizes", batch_sizes, least=1)
+    seeds = distinct_integers("seeds", seeds, least=0)
+    _check_counts(window, max_windows, uncertainty)
     taking_part = contenders(policies)
     rows: list[Row] = []
     quality_rows: list[AtQuality] = []
     studies: list[Study] = []
-    provenance = _provenance(command, seeds)
     task_of = partial(
         Task, window=window, hbm_budget=hbm_budget, split=split, scheduling=scheduling,
-        quality=quality or QualityModel(), quality_weight=weight_of(quality_weight),
-        max_windows=max_windows,
+        quality=quality or QualityModel(), kappa_given=quality is not None,
+        quality_weight=weight_of(quality_weight), max_windows=max_windows,
     )  # fmt: skip
+    provenance = _provenance(command, seeds, quality or QualityModel())
     found = combinations(traces, models, systems)
     for label, task in _tasks(found, batch_sizes, task_of, actual_systems or {}, provenance):
         here = _condition(taking_part, task, seeds, _facts(label, task), progress, bound=bound)
@@ -114,6 +130,14 @@ def evaluate(
     return EvaluationResult(
         rows=rows, at_quality=quality_rows, provenance=provenance, uncertainty=studies
     )
+
+
+def _check_counts(window: int, max_windows: int | None, uncertainty: int) -> None:
+    """Raise ``ValueError`` where one is out of range."""
+    check_integer("window", window, least=1)
+    check_integer("uncertainty", uncertainty, least=0)
+    if max_windows is not None:
+        check_integer("max_windows", max_windows, least=1)
 
 
 def _tasks(
@@ -281,13 +305,14 @@ def _facts(label: str, task: Task) -> dict[str, Any]:
     }
 
 
-def _provenance(command: str | None, seeds: Sequence[int]) -> dict[str, Any]:
+def _provenance(command: str | None, seeds: Sequence[int], quality: QualityModel) -> dict[str, Any]:
     return {
         "command": " ".join(sys.argv) if command is None else command,
         "commit": git_commit(),
         "env_id": ndp_gym.ENV_ID,
         "versions": dict(package_versions()),
         "seeds": list(seeds),
+        "quality": quality_facts(quality),
         "traces": {},
         "models": {},
         "systems": {},

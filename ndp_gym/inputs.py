@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from ndp_gym import presets
 from ndp_gym.specs import MoESpec, SystemSpec
@@ -18,7 +20,9 @@ __all__ = [
     "SystemLike",
     "TraceLike",
     "bundled_trace_path",
+    "check_integer",
     "combinations",
+    "distinct_integers",
     "find_model",
     "find_system",
     "open_trace",
@@ -149,6 +153,35 @@ def _distinct(what: str, specs: list[_Spec]) -> list[_Spec]:
         if by_name.setdefault(spec.name, spec) != spec:
             raise ValueError(f"{what} must have distinct names, got two different {spec.name!r}")
     return list(by_name.values())
+
+
+def distinct_integers(name: str, values: Iterable[int], *, least: int) -> list[int]:
+    """``values`` of the argument ``name`` as a list.
+
+    Raises:
+        ValueError: not several, none, not whole numbers, below ``least``, or one twice.
+    """
+    wanted = f"{name} must be a list of whole numbers >= {least}"
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{wanted}, got {values!r}")
+    found = [check_integer(f"every one of {name}", value, least=least) for value in values]
+    if not found:
+        raise ValueError(f"{wanted}, at least one, got none")
+    if len(set(found)) < len(found):
+        raise ValueError(f"{name} must be distinct, got {found}")
+    return found
+
+
+def check_integer(name: str, value: int, *, least: int) -> int:
+    """``value`` of the argument ``name``.
+
+    Raises:
+        ValueError: not a whole number, or below ``least``.
+    """
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_whole or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+    return int(value)
 
 
 def _several(value: object) -> list:  # type: ignore[type-arg]

@@ -8,14 +8,18 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import asdict
 from functools import cache
+from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import ndp_gym
+from ndp_gym.quality import QualityModel
 from ndp_gym.specs import MoESpec, SystemSpec
 
-__all__ = ["env_spec_json", "git_commit", "package_versions", "spec_facts"]
+__all__ = ["env_spec_json", "git_commit", "package_versions", "quality_facts", "spec_facts"]
 
 _PACKAGES = ("gymnasium", "numba", "numpy")
 
@@ -74,6 +78,15 @@ def spec_facts(spec: MoESpec | SystemSpec) -> dict[str, Any]:
     facts = _json(asdict(spec))
     assert isinstance(facts, dict)
     return facts
+
+
+def quality_facts(quality: QualityModel) -> dict[str, Any]:
+    """What turned errors into nats: ``kappa``, and shape and digest of a measured table."""
+    table = quality.table
+    if table is None:
+        return {"kappa": quality.kappa, "table_shape": None, "table_sha256": None}
+    digest = sha256(np.ascontiguousarray(table, dtype="<f8").tobytes()).hexdigest()
+    return {"kappa": quality.kappa, "table_shape": list(table.shape), "table_sha256": digest}
 
 
 def _json(value: Any) -> Any:

@@ -166,7 +166,7 @@ class EvaluationResult:
     Attributes:
         rows: one per policy and condition, in the order they were asked for.
         at_quality: throughput where ΔNLL stays within each budget of ``QUALITY_BUDGETS``.
-        provenance: command, commit, versions, env specs, trace digests, seeds.
+        provenance: command, commit, versions, error model, specs, trace digests, seeds.
         uncertainty: one study per condition, where asked for.
     """
 

@@ -50,6 +50,7 @@ class Task:
         split: ``train``, ``val`` or ``test``.
         scheduling: ``continuous`` or ``static``.
         quality: error model.
+        kappa_given: whether its kappa was chosen for this system's format, or is the default.
         quality_weight: reward lost per nat.
         max_windows: stop after so many windows, ``None`` at the end of the requests.
         profile: train profile [L, E], ``None`` where there is no train split.
@@ -68,6 +69,7 @@ class Task:
     quality_weight: float
     max_windows: int | None
     profile: FloatArray | None
+    kappa_given: bool = True
 
     def lanes(self) -> Lanes:
         """A fresh single lane of this task."""

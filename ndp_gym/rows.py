@@ -29,6 +29,7 @@ MIN_BLOCKS = 8  # blocks of conversations actually run below which no interval i
 FEW_BLOCKS = 16  # below which percentile intervals are noticeably too narrow
 SEED_NDP, SEED_NDP_MAX_BATCH = "seed_ndp", 12  # validation.md §6
 LOW_MEAN_BITS = 2
+KAPPA_FORMAT = "mse_g128"  # with which the default kappa was fitted, quantization.md §3b
 
 
 @dataclass(kw_only=True, eq=False)
@@ -181,6 +182,11 @@ def _doubts(mean_bits: float, loss: float, task: Task) -> list[str]:
         reasons.append("mean bits <= 2: recorded routing does not react to quantization")
     if loss > VALID_DELTA_NLL:
         reasons.append(f"ΔNLL > {VALID_DELTA_NLL} nats: outside the quality model")
+    if not task.kappa_given and task.system.format.name != KAPPA_FORMAT:
+        reasons.append(
+            f"kappa {task.quality.kappa:g} of ΔNLL was fitted with {KAPPA_FORMAT}, "
+            f"not {task.system.format.name}"
+        )
     if task.system.far.name == SEED_NDP and task.batch_size > SEED_NDP_MAX_BATCH:
         reasons.append(
             f"{SEED_NDP} at batch > {SEED_NDP_MAX_BATCH}: its efficiency is a fit at batch 1"

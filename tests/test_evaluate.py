@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import gymnasium
@@ -19,6 +20,7 @@ from ndp_gym.evaluation import evaluate
 from ndp_gym.inputs import combinations
 from ndp_gym.plan import Plan, all_far
 from ndp_gym.policy import PolicyContext
+from ndp_gym.quality import QualityModel
 from ndp_gym.rollout import train_profile
 from tests.conftest import make_trace
 from tests.toy import MODEL, PLENTY, SYSTEM
@@ -293,8 +295,6 @@ def test_unlike_inputs_are_refused() -> None:
     trace, other = toy_trace([3]), make_trace(n_experts=6)
     with pytest.raises(ValueError, match="distinct names, got Watcher twice"):
         rows_of([Watcher(), Watcher()], trace)
-    with pytest.raises(ValueError, match="at least one seed"):
-        rows_of([], trace, seeds=())
     with pytest.raises(ValueError, match="n_experts"):
         evaluate([], other, MODEL, SYSTEM)
     with pytest.raises(ValueError, match="none of the models toy, small has"):
@@ -304,6 +304,41 @@ def test_unlike_inputs_are_refused() -> None:
     slow = replace(SYSTEM, overlap=0.5)
     with pytest.raises(ValueError, match="two different 'toy'"):
         list(combinations(trace, MODEL, [SYSTEM, slow]))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"batch_sizes": 8}, "batch_sizes must be a list of whole numbers >= 1, got 8"),
+        ({"batch_sizes": "8"}, "batch_sizes must be a list of whole numbers >= 1, got '8'"),
+        ({"batch_sizes": (1, 2, 1)}, r"batch_sizes must be distinct, got \[1, 2, 1\]"),
+        ({"batch_sizes": ()}, "batch_sizes must be .* at least one, got none"),
+        ({"batch_sizes": (0,)}, "every one of batch_sizes must be a whole number >= 1, got 0"),
+        ({"batch_sizes": (2.0,)}, "every one of batch_sizes must be a whole number >= 1, got 2.0"),
+        ({"seeds": (3, 3)}, r"seeds must be distinct, got \[3, 3\]"),
+        ({"seeds": ()}, "seeds must be .* at least one, got none"),
+        ({"seeds": (-1,)}, "every one of seeds must be a whole number >= 0, got -1"),
+        ({"max_windows": 0}, "max_windows must be a whole number >= 1, got 0"),
+        ({"max_windows": True}, "max_windows must be a whole number >= 1, got True"),
+        ({"window": 0}, "window must be a whole number >= 1, got 0"),
+        ({"uncertainty": -1}, "uncertainty must be a whole number >= 0, got -1"),
+    ],
+)
+def test_numbers_out_of_range_are_named(argument: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rows_of([], toy_trace([3]), **argument)
+
+
+def test_the_error_model_stands_in_the_provenance() -> None:
+    trace = toy_trace([3])
+    plain = evaluate([], trace, MODEL, SYSTEM).provenance["quality"]
+    assert plain == {"kappa": 3.0, "table_shape": None, "table_sha256": None}
+    table = np.full((2, 4, 4), 0.01)
+    facts = evaluate(
+        [], trace, MODEL, SYSTEM, quality=QualityModel(kappa=2.5, table=table)
+    ).provenance["quality"]
+    assert (facts["kappa"], facts["table_shape"]) == (2.5, [2, 4, 4])
+    assert facts["table_sha256"] == sha256(table.tobytes()).hexdigest()
 
 
 def test_of_several_models_each_recording_takes_those_it_agrees_with() -> None:

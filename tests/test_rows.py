@@ -14,6 +14,7 @@ from ndp_gym.contenders import all_far4
 from ndp_gym.evaluation import evaluate
 from ndp_gym.plan import Plan, all_far
 from ndp_gym.policy import PolicyContext
+from ndp_gym.quality import QualityModel
 from ndp_gym.rollout import run_policy
 from ndp_gym.specs import Prefetch, Service
 from ndp_gym.trace import RoutingTrace
@@ -79,6 +80,20 @@ def test_seed_ndp_is_extrapolated_beyond_batch_twelve() -> None:
     assert [r["validity"] for r in result.rows if r["policy"] == "all_far4"] == [
         "in_range",
         "extrapolated",
+    ]
+
+
+def test_the_default_kappa_is_marked_with_another_format_than_it_was_fitted_with() -> None:
+    other = replace(SYSTEM, format=replace(SYSTEM.format, name="rtn_g128"))
+    trace = toy_trace([3])
+    plain, marked, chosen = (
+        evaluate([], trace, MODEL, system, quality=quality).rows[0]
+        for system, quality in ((SYSTEM, None), (other, None), (other, QualityModel(kappa=2.4)))
+    )
+    assert (plain["validity"], chosen["validity"]) == ("in_range", "in_range")
+    assert marked["validity"] == "extrapolated"
+    assert marked["validity_reasons"] == [
+        "kappa 3 of ΔNLL was fitted with mse_g128, not rtn_g128",
     ]
 
 
