@@ -153,7 +153,10 @@ def test_without_spans_one_request_and_a_warning(tmp_path):
 
 def test_hdmoe_drops_template_and_repeated_turn(tmp_path):
     path = written(tmp_path, "experts_math_mixtral.json", hdmoe_bytes(2))
-    trace = import_trace([path]).trace
+    result = import_trace([path])
+    trace = result.trace
+    assert "2,404 of 2,984 rows dropped: 1,052 are the 526-row template" in result.warnings[0]
+    assert "1,352 are first turns that second turns prefill again" in result.warnings[0]
     assert trace.requests.length.tolist() == [150, 140, 150, 140]
     assert trace.requests.context_offset.tolist() == [526, 676, 526, 676]
     assert trace.requests.conversation.tolist() == [0, 0, 1, 1]
@@ -208,7 +211,16 @@ def test_grouped_nf4_cuts_the_loop_unless_told_otherwise(tmp_path):
     result = import_trace([path])
     assert result.trace.n_rows < 40
     assert "repeats itself" in result.warnings[0]
+    assert any("(--prompt-tokens), or keep the loop" in text for text in result.warnings)
     assert import_trace([path], options=ImportOptions(keep_loops=True)).trace.n_rows == 60
+
+
+def test_a_model_that_is_no_preset_is_said_to_be_a_name_only(tmp_path):
+    path = written(tmp_path, "a.jsonl", nf4_bytes())
+    result = import_trace([path], options=ImportOptions(model="mixtral"))
+    assert result.trace.metadata.model == "mixtral"
+    assert "'mixtral' is not a model preset" in result.warnings[0]
+    assert "is not a model preset" not in " ".join(import_trace([path]).warnings)
 
 
 def test_vllm_missing_rows_dense_layers_and_prompt(tmp_path):

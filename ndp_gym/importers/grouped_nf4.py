@@ -31,6 +31,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
     parts: list[npt.NDArray[np.int64]] = []
     segments: list[Segment] = []
     warnings: list[str] = []
+    loops_cut = False
     first = _meta(sources[0])
     for index, source in enumerate(sources):
         meta = _meta(source)
@@ -43,6 +44,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
         ids = _steps(source, meta)
         kept = len(ids) if options.keep_loops else loop_free_rows(ids)
         if kept < len(ids):
+            loops_cut = True
             warnings.append(
                 f"{source.path.name}: repeats itself from step {kept} on: {len(ids) - kept} of "
                 f"{len(ids)} steps dropped (--keep-loops keeps them)"
@@ -70,6 +72,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
         id_order="ascending",
         n_experts=n_experts or _NO_E.get(name),
         warnings=warnings,
+        loops_cut=loops_cut,
     )
 
 

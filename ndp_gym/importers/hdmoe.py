@@ -31,6 +31,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
         raise sources[0].fail("spans are found by rule in this format, --spans is not accepted")
     parts: list[Ids] = []
     segments: list[Segment] = []
+    warnings: list[str] = []
     n_conversations = 0
     for source in sources:
         ids = read_layers(source)
@@ -39,7 +40,9 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
                 f"must have {parts[0].shape[1]} layers, top-{parts[0].shape[2]} like "
                 f"{sources[0].path.name}, got {ids.shape[1]}, top-{ids.shape[2]}"
             )
-        for first, last, context, turn in _segments(source, ids):
+        found = _segments(source, ids)
+        warnings.append(_dropped(source, len(ids), found))
+        for first, last, context, turn in found:
             parts.append(ids[first:last])
             conversation = n_conversations + turn // 2
             segments.append(
@@ -56,6 +59,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
         segments=segments,
         model="Mixtral-8x7B" if "mixtral" in sources[0].stem else sources[0].stem,
         id_order="router_rank",
+        warnings=warnings,
         extra={
             "segmentation": f"validation.md §3: {PREFIX}-row prefix and repeats of turn 1 dropped"
         },
@@ -117,6 +121,17 @@ def _segments(source: Source, ids: Ids) -> list[tuple[int, int, int, int]]:
         result.append((first + PREFIX, second, PREFIX, turn))
         result.append((second + length, end, length, turn + 1))
     return result
+
+
+def _dropped(source: Source, n_rows: int, found: list[tuple[int, int, int, int]]) -> str:
+    """How many rows of the file are not imported, and why."""
+    kept = sum(last - first for first, last, _, _ in found)
+    prefix = PREFIX * (len(found) // 2)
+    return (
+        f"{source.path.name}: {n_rows - kept:,} of {n_rows:,} rows dropped: {prefix:,} are the "
+        f"{PREFIX}-row template that the conversations share, {n_rows - kept - prefix:,} are "
+        f"first turns that second turns prefill again; {kept:,} rows are left"
+    )
 
 
 def _domain(source: Source) -> str:

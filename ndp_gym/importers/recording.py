@@ -68,6 +68,7 @@ class Recording:
         expert_bytes: Bytes of one expert per layer.
         phases: What prefill means where the segments say it.
         warnings: What the user should know.
+        loops_cut: Rows that repeat themselves were dropped.
         extra: Further facts for the metadata.
     """
 
@@ -81,6 +82,7 @@ class Recording:
     expert_bytes: tuple[int, ...] | None = None
     phases: str = PHASES_RECORDED
     warnings: Sequence[str] = ()
+    loops_cut: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -118,7 +120,7 @@ def build_trace(
         trace.verify()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    warnings += _content_warnings(trace)
+    warnings += _content_warnings(trace, loops_cut=recording.loops_cut)
     return ImportResult(trace, format_name, tuple(warnings))
 
 
@@ -211,6 +213,11 @@ def _metadata(
     warnings: list[str],
 ) -> TraceMetadata:
     preset = _preset(options.model or (known.preset if known else None), recording)
+    if options.model and preset is None:
+        warnings.append(
+            f"{options.model!r} is not a model preset (ndp-gym list models): taken as a name only, "
+            "nothing is checked against it"
+        )
     n_experts = options.n_experts or recording.n_experts or (known.n_experts if known else None)
     if n_experts is None and preset is not None:
         n_experts = preset[1]
@@ -254,7 +261,7 @@ def _preset(name: str | None, recording: Recording) -> tuple[str, int] | None:
     return name, spec.n_experts
 
 
-def _content_warnings(trace: RoutingTrace) -> list[str]:
+def _content_warnings(trace: RoutingTrace, *, loops_cut: bool) -> list[str]:
     warnings = []
     ids = np.sort(trace.expert_ids, axis=2)
     repeats = float((ids[1:] == ids[:-1]).all(axis=(1, 2)).mean()) if trace.n_rows > 1 else 0.0
@@ -270,7 +277,11 @@ def _content_warnings(trace: RoutingTrace) -> list[str]:
         )
     silent = int((trace.requests.n_decode == 0).sum())
     if silent:
-        warnings.append(f"{silent} of {len(trace.requests)} requests have no decode rows")
+        warnings.append(
+            f"{silent} of {len(trace.requests)} requests have no decode rows, and only decode rows "
+            "are replayed: give a shorter prompt (--prompt-tokens)"
+            + (", or keep the loop (--keep-loops)" if loops_cut else "")
+        )
     if trace.metadata.phases == PHASES_ASSUMED:
         warnings.append(f"the prompt is not marked in the file: {PHASES_ASSUMED}")
     return warnings
