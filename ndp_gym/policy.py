@@ -181,18 +181,18 @@ def resolve(name: str) -> PolicyFactory:
         ValueError: the policy does not exist (near matches are listed), its file or module fails
             to load (the message says why), or it does not take the options.
     """
-    target, options = _split_options(name)
+    target, options = split_options(name)
     if ":" in target:
         return _with_options(_load(target), options, name)
     entry = _registered(target)
     if isinstance(entry, str):
-        entry, defaults = _split_options(entry)
+        entry, defaults = split_options(entry)
         options = {**defaults, **options}
         entry = _load(entry)
     return _with_options(entry, options, name)
 
 
-def _split_options(name: str) -> tuple[str, dict[str, Any]]:
+def split_options(name: str) -> tuple[str, dict[str, Any]]:
     """``("a:b", {"k": 1})`` from ``"a:b:k=1"``."""
     target, colon, tail = name.rpartition(":")
     if not colon or "=" not in tail:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from ndp_gym.plan import Plan, check_plan
@@ -15,11 +16,14 @@ from ndp_gym.policy import (
     Policy,
     PolicyContext,
     PolicyFactory,
+    split_options,
 )
 from ndp_gym.specs import MoESpec, SystemSpec
 
 __all__ = ["PolicyError", "ask", "check_answer", "make", "reset"]
 
+WIDTH_OPTIONS = {"bits", "far_bits", "high", "low"}
+"""Options that are one width; where they are not whole numbers they are averages."""
 _PASSED_ON = (InfeasibleError, MissingProfileError, MemoryError)
 
 
@@ -48,8 +52,9 @@ def reset(name: str, policy: Policy, context: PolicyContext) -> None:
     """Tell ``policy`` what it faces.
 
     Raises:
-        PolicyError: it fails.
+        PolicyError: it fails, or ``name`` asks for a width that the system does not store.
     """
+    _check_widths(name, policy, context.system)
     with _named(name, "reset"):
         policy.reset(context)
 
@@ -73,14 +78,31 @@ def check_answer(name: str, plan: Plan, model: MoESpec, system: SystemSpec) -> N
         check_plan(plan, model, system)
 
 
+def _check_widths(name: str, policy: Policy, system: SystemSpec) -> None:
+    """Refuse widths typed as options of ``name`` that the system does not store.
+
+    Defaults of a policy may be the nearest stored width; what was asked for must not change.
+    """
+    if not is_dataclass(policy):
+        return
+    whole = {field.name for field in fields(policy) if field.type in (int, "int")}
+    for option, bits in split_options(name)[1].items():
+        if option in whole & WIDTH_OPTIONS and bits not in system.stored_bits:
+            stored = ", ".join(map(str, system.stored_bits))
+            raise PolicyError(
+                f"policy {name!r}: {option} must be a width that {system.name} stores "
+                f"({stored}), got {bits!r}"
+            )
+
+
 @contextmanager
 def _named(name: str, what: str) -> Iterator[None]:
-    """Turn errors into a `PolicyError` that names the policy; a `ValueError` speaks for itself."""
+    """Turn errors into a `PolicyError` that names the policy; `ValueError`, `OSError` speak for themselves."""
     try:
         yield
     except (*_PASSED_ON, PolicyError):
         raise
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise PolicyError(f"policy {name!r}: {error}") from error
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]

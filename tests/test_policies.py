@@ -148,13 +148,17 @@ def test_a_second_episode_does_not_remember_the_first(name):
         ("all_far3", 3),
         ("all_far2", 2),
         ("all_far:bits=8", 8),
-        ("all_far:bits=7", 8),
     ],
 )
-def test_all_far_serves_every_expert_at_the_stored_width_nearest_to_its_option(name, width):
+def test_all_far_serves_every_expert_at_the_width_of_its_option(name, width):
     placement = started(name)(observe(random_load())).placement
     assert (placement.tier == FAR).all()
     assert (placement.bitwidth == width).all()
+
+
+def test_all_far_changes_no_width_silently():
+    with pytest.raises(InfeasibleError, match="7 bit is not stored by"):
+        started("all_far:bits=7")
 
 
 def test_all_hbm_takes_the_largest_uniform_width_and_says_where_none_fits():

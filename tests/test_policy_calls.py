@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,30 @@ def test_what_is_no_policy_at_all_is_named(capsys: pytest.CaptureFixture[str]) -
     error = capsys.readouterr().err
     assert error.startswith("ndp-gym: policy 'os:getcwd' must have reset(context) and __call__")
     assert error.endswith("but str has no reset\n")
+
+
+@pytest.mark.parametrize("name", ["all_far:bits=5", "ema:bits=4,far_bits=5", "all_far3:bits=abc"])
+def test_a_width_that_is_asked_for_is_stored_or_refused(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", "--policies", name, "--max-windows", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "bits must be a width that h100_cxl_seed_ndp stores (16, 4, 3, 2, 1), got " in error
+    assert error.count("\n") == 1
+
+
+def test_widths_nobody_asked_for_may_be_the_nearest_and_averages_any_number() -> None:
+    average = "mc_moe:bits=2.75"
+    result = evaluate(
+        ["monde", "all_far3"], make_trace(), MODEL, replace(SYSTEM, stored_bits=(4, 2))
+    )
+    rows = {row["policy"]: row for row in result.rows}
+    assert rows["monde"]["mean_bits"] == 4.0
+    assert rows["all_far4"]["mean_bits"] == 4.0
+    assert rows["all_far3"]["validity"] == "infeasible"
+    assert rows["all_far3"]["validity_reasons"] == ["3 bit is not stored by toy (4, 2 are)"]
+    (row,) = (r for r in evaluate(average, max_windows=1) if r["policy"] == average)
+    assert row["tokens_per_s"] is not None
 
 
 def test_the_cause_stays_at_hand_in_python(wrong: Path) -> None:
