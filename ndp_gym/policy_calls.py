@@ -97,7 +97,10 @@ def _check_widths(name: str, policy: Policy, system: SystemSpec) -> None:
 
 @contextmanager
 def _named(name: str, what: str) -> Iterator[None]:
-    """Turn errors into a `PolicyError` that names the policy; `ValueError`, `OSError` speak for themselves."""
+    """Turn errors into a `PolicyError` that names the policy.
+
+    A `ValueError` or `OSError` speaks for itself; others also show their type and place.
+    """
     try:
         yield
     except (*_PASSED_ON, PolicyError):

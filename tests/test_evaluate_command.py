@@ -26,7 +26,15 @@ def test_policy_options_may_hold_commas() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        *(("auto", "auto"), ("0.1", 0.1), ("8000", 8000), ("8GB", 8 * 10**9)),
+        *(
+            ("auto", "auto"),
+            ("0.1", 0.1),
+            ("8000000", 8_000_000),
+            ("0", 0),
+            ("1.0", 1.0),
+            ("1KB", 1000),
+            ("8GB", 8 * 10**9),
+        ),
         *(("1.5GiB", 3 * 2**29), ("-1", -1)),
     ],
 )
@@ -62,6 +70,8 @@ def test_command_line_writes_everything_and_says_where(
         (["--max-windows", "0"], "--max-windows must be >= 1, got 0"),
         (["--max-windows", "-1"], "--max-windows must be >= 1, got -1"),
         (["--hbm-budget", "much"], "--hbm-budget must be a share"),
+        (["--hbm-budget", "1"], "--hbm-budget 1 is 1 bytes: write a share with a point (0.1, 1.0)"),
+        (["--hbm-budget", "999999"], "bytes with a unit (999999GB, 999999KB)"),
         (["--hbm-budget", "infGB"], "--hbm-budget must be a share"),
         (["--hbm-budget", "-1"], "hbm_budget must be >= 0 bytes, got -1"),
         (["--model", "minimoe-16b,"], "--model must be names separated by commas"),

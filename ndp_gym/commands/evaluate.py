@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ndp_gym.results import EvaluationResult
 
 _FORMATS = {"json": "json", "csv": "csv", "latex": "tex", "png": "png"}
+_LEAST_BARE_BYTES = 1_000_000
 _UNITS = ("KB", "MB", "GB", "TB", "KIB", "MIB", "GIB", "TIB")
 _EPILOG = (
     "Every condition also runs all_far4, all_hbm and all_hbm_mixed. All times are modeled. "
@@ -148,7 +149,8 @@ def parse_budget(text: str) -> HbmBudget:
     """``auto``, a share such as 0.1, or bytes such as 8000000000, 8GB or 7.5GiB.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, and whole numbers from 1 to 999,999: as bytes they hold no
+            expert, so a share or a unit was meant.
     """
     from ndp_gym import units
 
@@ -159,11 +161,17 @@ def parse_budget(text: str) -> HbmBudget:
     try:
         if unit:
             return int(float(number) * getattr(units, unit))
-        return int(number) if number.lstrip("+-").isdigit() else float(number)
+        found = int(number) if number.lstrip("+-").isdigit() else float(number)
     except (ValueError, OverflowError):
         raise ValueError(
             f"--hbm-budget must be a share such as 0.1, bytes such as 8GB, or auto, got {text!r}"
         ) from None
+    if isinstance(found, int) and 0 < found < _LEAST_BARE_BYTES:
+        raise ValueError(
+            f"--hbm-budget {text} is {found} bytes: write a share with a point (0.1, 1.0), or "
+            f"bytes with a unit ({found}GB, {found}KB)"
+        )
+    return found
 
 
 def positive(option: str, value: int | None) -> int | None:
