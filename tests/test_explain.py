@@ -12,6 +12,7 @@ import pytest
 
 from ndp_gym import cli
 from ndp_gym.explain import TERMS, explain, explain_task
+from ndp_gym.inputs import DEFAULT_SYSTEM
 from ndp_gym.plan import Plan, all_far
 from ndp_gym.policy import Observation, PolicyContext, resolve
 from ndp_gym.quality import QualityModel
@@ -140,6 +141,12 @@ def test_baselines_need_no_registry() -> None:
     assert found.a.hit_rate == 1
     assert found.condition.startswith("tiny | toy on toy | batch 8")
     assert np.isclose(sum(found.to_dict()["terms_s_per_token"].values()), float(found.difference))
+
+
+def test_help_names_the_system_that_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "--help"])
+    assert f"(default: {DEFAULT_SYSTEM})" in " ".join(capsys.readouterr().out.split())
 
 
 def test_command_prints_and_writes_the_waterfall(
