@@ -160,10 +160,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise ValueError(f"{path}: not a safetensors file: {size} bytes is too short")
-        (length,) = struct.unpack("<Q", prefix)
+        prefix = file.read(9)
+        if prefix[8:] != b"{":
+            raise ValueError(
+                f"{path}: is not a routing trace: import it first (ndp-gym trace import)"
+            )
+        file.seek(8)
+        (length,) = struct.unpack("<Q", prefix[:8])
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise ValueError(
                 f"{path}: not a safetensors file, or a truncated one: header length must be "

@@ -306,3 +306,13 @@ def test_a_file_with_a_huge_header_length_is_refused(tmp_path):
     path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
     with pytest.raises(ValueError, match="header length must be at most"):
         RoutingTrace.open(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK", b'{"meta": {}}\n', b"\x1f\x8b" + bytes(20)])
+def test_a_file_of_another_kind_is_to_be_imported_first(tmp_path, data):
+    path = tmp_path / "foreign.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"foreign\.jsonl: is not a routing trace: import it first"
+    ):
+        RoutingTrace.open(path)
