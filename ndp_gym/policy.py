@@ -184,6 +184,8 @@ def resolve(name: str) -> PolicyFactory:
     target, options = split_options(name)
     if ":" in target:
         return _with_options(_load(target), options, name)
+    if target.endswith(".py"):
+        raise ValueError(f"policy {name!r} is a file: add the class: {target}:Name")
     entry = _registered(target)
     if isinstance(entry, str):
         entry, defaults = split_options(entry)
@@ -296,7 +298,7 @@ def _is_public(name: str, value: object, module: ModuleType) -> bool:
 
 
 def _unknown(what: str, name: str, known: Any) -> str:
-    near = get_close_matches(name, list(known), n=3, cutoff=0.5)
+    near = get_close_matches(name, list(known), n=3, cutoff=0.7)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
     return f"{what} {name!r} is unknown: {hint}"
 

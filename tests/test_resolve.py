@@ -61,13 +61,15 @@ def test_a_file_names_a_policy(tmp_path):
     ("name", "message"),
     [
         ("balanse", r"policy 'balanse' is unknown: did you mean balance"),
-        ("qqqq", r"known: all_far, all_far2"),
+        ("qqqq", r"known: .*all_far, all_far2"),
+        ("my_policy", r"'my_policy' is unknown: known: "),
         (
             "policies.balance:Balanse",
             r"in policies.balance, policy 'Balanse' is unknown: did you mean Balance",
         ),
         ("no_such_module:X", r"policy module 'no_such_module' was not found"),
         ("policies.no_such:X", r"policy module 'policies.no_such' was not found"),
+        ("examples/my_policy.py", r"is a file: add the class: examples/my_policy\.py:Name"),
         ("missing.py:X", r"policy file 'missing.py' was not found"),
         ("all_far:bitz=3", r"unexpected keyword argument 'bitz' \(options: bits\)"),
         ("all_far:bits=3,4", r"options must read key=value"),
