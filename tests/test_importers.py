@@ -138,7 +138,9 @@ def test_nvmoe_rows_layers_and_spans(tmp_path):
     assert trace.metadata.layer_ids == (1, 2)
     assert (trace.n_experts, trace.metadata.licence, trace.metadata.model) == (9, "MIT", "mine")
     assert trace.requests.evaluation_only
-    for spans in ((0,), (300, 200), (500,)):
+    led = import_trace([path], options=ImportOptions(spans=(0, 200, 350))).trace
+    assert led.requests.start.tolist() == trace.requests.start.tolist()
+    for spans in ((0, 0), (300, 200), (500,)):
         with pytest.raises(ValueError, match=r"spans must ascend inside 1\.\.499"):
             import_trace([path], options=ImportOptions(spans=spans))
 
@@ -297,6 +299,13 @@ def test_mixed_up_files_are_refused(tmp_path):
         import_trace([array, array])
     with pytest.raises(ValueError, match="format must be one of"):
         import_trace([array], "parquet")
+
+
+def test_a_folder_of_folders_is_said_not_to_be_searched(tmp_path):
+    (tmp_path / "deeper").mkdir()
+    written(tmp_path / "deeper", "a.jsonl", nf4_bytes())
+    with pytest.raises(ValueError, match="its subfolders are not searched: name one of them"):
+        import_trace([tmp_path])
 
 
 def test_a_gzip_bomb_is_refused_before_it_is_unpacked(tmp_path):

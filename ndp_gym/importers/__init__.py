@@ -77,7 +77,9 @@ def _files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
             if file.is_file() and file.suffix in _SUFFIXES and file.name not in routertrace.SIDECARS
         )
         if not inside:
-            raise ValueError(f"{path}: holds no file ending in {', '.join(_SUFFIXES)}")
+            deeper = any(entry.is_dir() for entry in path.iterdir())
+            hint = "; its subfolders are not searched: name one of them" if deeper else ""
+            raise ValueError(f"{path}: holds no file ending in {', '.join(_SUFFIXES)}{hint}")
         files += inside
     if not files:
         raise ValueError("no file to import was given")

@@ -127,8 +127,11 @@ def build_trace(
 def cut_spans(
     n_rows: int, spans: Sequence[int], domains: Sequence[str] = ("unknown",)
 ) -> list[Segment]:
-    """Segments of ``n_rows`` rows that start at 0 and at every span, one conversation each."""
-    edges = [0, *spans, n_rows]
+    """Segments of ``n_rows`` rows that start at 0 and at every span, one conversation each.
+
+    ``spans`` may itself begin with 0.
+    """
+    edges = [*([] if spans and spans[0] == 0 else [0]), *spans, n_rows]
     if any(after <= before for before, after in pairwise(edges)):
         raise ValueError(f"spans must ascend inside 1..{n_rows - 1}, got {list(spans)}")
     names = list(domains) if len(domains) == len(edges) - 1 else [domains[0]] * (len(edges) - 1)
