@@ -43,12 +43,12 @@ ENERGY = "J/tok"
 
 
 class Column(NamedTuple):
-    """One table column: heads for terminal and LaTeX, the text of a row, the width it asks for."""
+    """One table column: heads for terminal and LaTeX, the text of a row, who gives way first."""
 
     head: str
     latex: str
     text: Callable[[Row], str]
-    from_width: int  # terminal columns from which on it is shown
+    rank: int  # the highest are left out first where the terminal is narrow
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -87,20 +87,20 @@ def _fixed(value: float | None, digits: int) -> str:
 
 COLUMNS = (
     Column("tok/s", r"tok/s", lambda r: _number(r["tokens_per_s"]), 0),
-    Column("95 %", r"95\,\%", lambda r: _interval(r["tokens_per_s_ci95"]), 0),
-    Column("x far4", r"$\times$ far4", lambda r: _fixed(r["speedup_vs_all_far4"], 2), 0),
-    Column("x HBM", r"$\times$ HBM", lambda r: _fixed(r["speedup_vs_all_hbm"], 2), 0),
-    Column("ΔNLL", r"$\Delta$NLL", lambda r: _fixed(r["delta_nll_nats"], 3), 0),
-    Column("bits", r"bits", lambda r: _fixed(r["mean_bits"], 1), 0),
-    Column("hit %", r"hit \%", lambda r: _percent(r["hit_rate"]), 0),
-    Column("reward", r"reward", lambda r: _fixed(r["reward"], 3), 0),
-    Column("regret", r"regret", lambda r: _fixed(r["regret"], 3), 0),
-    Column("p50 ms", r"p50 ms", lambda r: _scaled(r["decode_step_p50_s"], 1e3), 112),
-    Column("p99 ms", r"p99 ms", lambda r: _scaled(r["decode_step_p99_s"], 1e3), 112),
-    Column("TTFT s", r"TTFT s", lambda r: _number(r["ttft_s"]), 122),
-    Column(ENERGY, ENERGY, lambda r: _number(r["joules_per_token"]), 130),
-    Column("busy % G/F/L", r"busy \% G/F/L", _busy, 142),
-    Column("decide ms", r"decide ms", lambda r: _number(r["decision_ms"], 2), 154),
+    Column("95 %", r"95\,\%", lambda r: _interval(r["tokens_per_s_ci95"]), 7),
+    Column("x far4", r"$\times$ far4", lambda r: _fixed(r["speedup_vs_all_far4"], 2), 3),
+    Column("x HBM", r"$\times$ HBM", lambda r: _fixed(r["speedup_vs_all_hbm"], 2), 6),
+    Column("ΔNLL", r"$\Delta$NLL", lambda r: _fixed(r["delta_nll_nats"], 3), 1),
+    Column("bits", r"bits", lambda r: _fixed(r["mean_bits"], 1), 5),
+    Column("hit %", r"hit \%", lambda r: _percent(r["hit_rate"]), 4),
+    Column("reward", r"reward", lambda r: _fixed(r["reward"], 3), 2),
+    Column("regret", r"regret", lambda r: _fixed(r["regret"], 3), 2),
+    Column("p50 ms", r"p50 ms", lambda r: _scaled(r["decode_step_p50_s"], 1e3), 8),
+    Column("p99 ms", r"p99 ms", lambda r: _scaled(r["decode_step_p99_s"], 1e3), 9),
+    Column("TTFT s", r"TTFT s", lambda r: _number(r["ttft_s"]), 10),
+    Column(ENERGY, ENERGY, lambda r: _number(r["joules_per_token"]), 11),
+    Column("busy % G/F/L", r"busy \% G/F/L", _busy, 12),
+    Column("decide ms", r"decide ms", lambda r: _number(r["decision_ms"], 2), 13),
 )
 
 
@@ -108,6 +108,24 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     """All columns, regret only where it was asked for."""
     has_regret = any(row["regret"] is not None for row in rows)
     return [c for c in COLUMNS if has_regret or c.head != "regret"]
+
+
+def _fitting(rows: Sequence[Row], width: int) -> list[Column]:
+    """The columns that can be shown whole in ``width`` characters, the lowest ranks first."""
+    left = width - max(len(_short(r)) for r in rows) - max(len(_mark(r)) for r in rows) - 7
+    columns, kept = _columns(rows), []
+    for column in sorted(columns, key=lambda c: c.rank):
+        left -= 3 + max(len(column.head), *(len(column.text(row)) for row in rows))
+        if left < 0:
+            break
+        kept.append(column)
+    return [column for column in columns if column in kept]
+
+
+def _short(row: Row) -> str:
+    """A policy's name without the path of its file or module."""
+    target, _, options = row["policy"].partition(":")
+    return options if target.endswith(".py") or "." in target else row["policy"]
 
 
 def _caption(columns: Sequence[Column]) -> str:
@@ -144,7 +162,7 @@ def _table(rows: Sequence[Row], width: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    columns = [c for c in _columns(rows) if c.from_width <= width]
+    columns = _fitting(rows, width)
     caption = _caption(columns)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption=caption)
     table.caption_justify = "left"
@@ -157,7 +175,7 @@ def _table(rows: Sequence[Row], width: int) -> Table:
         style = "bold" if best is not None and row["reward"] == best else None
         if row["tokens_per_s"] is None:
             style = "dim"
-        cells: list[RenderableType] = [Text(row["policy"]), *(Text(c.text(row)) for c in columns)]
+        cells: list[RenderableType] = [Text(_short(row)), *(Text(c.text(row)) for c in columns)]
         table.add_row(*cells, Text(_mark(row)), style=style)
     return table
 

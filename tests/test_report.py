@@ -165,3 +165,13 @@ def test_policies_that_see_the_future_are_neither_best_nor_beat_the_all_hbm_row(
     winner = all_hbm_winner(rows)
     assert winner is not None
     assert winner["policy"] == "all_hbm"
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 160])
+def test_no_cell_is_cut_off_whatever_the_width(
+    width: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_tables(sample_result(), width=width)
+    table = capsys.readouterr().out
+    assert "…" not in table.split("modeled")[0]
+    assert "ΔNLL" in table
