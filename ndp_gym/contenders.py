@@ -88,14 +88,18 @@ def all_far4() -> Contender:
 
 
 def registered_policies() -> list[str]:
-    """Bare names of ``policies.POLICIES``; empty where that package is not importable."""
+    """Bare names of ``policies.POLICIES``, each plan once.
+
+    Empty where that package is not importable.
+    """
     try:
         found = importlib.import_module("policies")
     except ModuleNotFoundError as error:
         if error.name != "policies":
             raise
         return []
-    return list(found.POLICIES)
+    same = getattr(found, "SAME_RULES", {})
+    return [name for name in found.POLICIES if name not in same]
 
 
 def contenders(policies: PolicyLike | Iterable[PolicyLike]) -> list[Contender]:

@@ -39,3 +39,14 @@ POLICIES: dict[str, str] = {
     "random": "policies.random:Random",
     "static_popularity": "policies.static_popularity:StaticPopularity",
 }
+
+SAME_RULES: dict[str, str] = {
+    "kt_dynamic": "prefill_topk",
+    "kt_frequency": "static_popularity",
+    "kt_random": "random",
+}
+"""Names whose plans are those of another by construction, so that ``all`` leaves them out.
+
+They keep KTransformers' names, and its 8 bit where a system stores that width; the other policy
+serves the same with ``:bits=8,far_bits=8``.
+"""

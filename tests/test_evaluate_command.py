@@ -12,6 +12,8 @@ from gymnasium.envs.registration import EnvSpec
 
 from ndp_gym import cli
 from ndp_gym.commands.evaluate import parse_budget, parse_policies
+from ndp_gym.evaluation import evaluate
+from policies import SAME_RULES
 from tests.conftest import make_trace
 
 
@@ -21,6 +23,18 @@ def test_policy_options_may_hold_commas() -> None:
     assert set(parse_policies("all")) > {"all_far4", "lru", "random"}
     with pytest.raises(ValueError, match="names separated by commas"):
         parse_policies("lru,,ema")
+
+
+def test_all_lists_each_plan_once_and_the_other_names_stay() -> None:
+    names = parse_policies("all")
+    assert not SAME_RULES.keys() & set(names)
+    assert set(SAME_RULES.values()) <= set(names)
+    assert {"kt_front", "kt_uniform"} <= set(names)
+    result = evaluate([*SAME_RULES, *SAME_RULES.values()], max_windows=3)
+    rows = {row["policy"]: row for row in result.rows}
+    for name, other in SAME_RULES.items():
+        ours, theirs = rows[name], rows[other]
+        assert (ours["tokens_per_s"], ours["reward"]) == (theirs["tokens_per_s"], theirs["reward"])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +84,7 @@ def test_command_line_writes_everything_and_says_where(
         (["--max-windows", "0"], "--max-windows must be >= 1, got 0"),
         (["--max-windows", "-1"], "--max-windows must be >= 1, got -1"),
         (["--hbm-budget", "much"], "--hbm-budget must be a share"),
-        (["--hbm-budget", "1"], "--hbm-budget 1 is 1 bytes: write a share with a point (0.1, 1.0)"),
+        (["--hbm-budget", "1"], "--hbm-budget 1 means 1 B: write a share with a point (0.1, 1.0)"),
         (["--hbm-budget", "999999"], "bytes with a unit (999999GB, 999999KB)"),
         (["--hbm-budget", "infGB"], "--hbm-budget must be a share"),
         (["--hbm-budget", "-1"], "hbm_budget must be >= 0 bytes, got -1"),

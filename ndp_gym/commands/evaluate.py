@@ -168,7 +168,7 @@ def parse_budget(text: str) -> HbmBudget:
         ) from None
     if isinstance(found, int) and 0 < found < _LEAST_BARE_BYTES:
         raise ValueError(
-            f"--hbm-budget {text} is {found} bytes: write a share with a point (0.1, 1.0), or "
+            f"--hbm-budget {text} means {found} B: write a share with a point (0.1, 1.0), or "
             f"bytes with a unit ({found}GB, {found}KB)"
         )
     return found
