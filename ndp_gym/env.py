@@ -99,6 +99,7 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
     HBM is empty; the requests of the split are permuted by the environment's generator and the first
     `batch_size` are prefilled. `reset(options={"requests": [...]})` runs the given rows of the
     request table in the given order instead.
+    A recording with fewer than 16 conversations has no train and val split: give `split="test"`.
 
     ## Episode End
 
