@@ -1,0 +1,65 @@
+"""The guides hold: their Python runs, their sample files import, and their links lead somewhere."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ndp_gym.commands.trace.make import FORMATS as OFFERED
+from ndp_gym.importers import FORMATS, ImportOptions, import_trace
+from ndp_gym.importers.source import open_source
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\S+)\n(.*?)^```$", re.M | re.S)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+SAMPLES = {
+    kind: text
+    for kind, text in BLOCK.findall((ROOT / "docs/traces.md").read_text())
+    if kind != "python"
+}
+EXCERPTS = ("hdmoe",)  # a whole file of this format is hundreds of rows
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/policy.md", "docs/traces.md"])
+def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ids = np.argsort(np.random.default_rng(0).random((40, 16, 64)), axis=2)[:, :, :8]
+    np.save("routed_experts.npy", ids.astype(np.uint8))
+    blocks = [text for kind, text in BLOCK.findall((ROOT / page).read_text()) if kind == "python"]
+    assert blocks
+    scope: dict[str, Any] = {"__name__": "docs"}
+    for block in blocks:
+        named = re.match(r"# (\w+\.py)\n", block)
+        if named:
+            Path(named[1]).write_text(block)
+        else:
+            exec(compile(block, page, "exec"), scope)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_exist(page: Path) -> None:
+    targets = [link.partition("#")[0] for link in LINK.findall(page.read_text())]
+    local = [target for target in targets if target and "://" not in target]
+    missing = [target for target in local if not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_every_format_has_a_section() -> None:
+    sections = re.findall(r"^### `(\S+)`$", (ROOT / "docs/traces.md").read_text(), re.M)
+    assert set(sections) == set(FORMATS) == set(OFFERED)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_sample_files_are_what_they_say(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "sample.json"
+    path.write_text(SAMPLES[name])
+    found = [kind for kind, module in FORMATS.items() if module.detects(open_source(path))]
+    assert found[0] == name
+    if name not in EXCERPTS:
+        result = import_trace([path], options=ImportOptions(top_k=2))
+        assert (result.format, result.trace.n_rows, result.trace.top_k) == (
+            name, 3 if name == "megatron" else 2, 2,
+        )  # fmt: skip
