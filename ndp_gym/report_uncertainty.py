@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,48 +12,48 @@ if TYPE_CHECKING:
 
 __all__ = ["print_study"]
 
-_LEGEND = (
-    "P that the row's policy has the higher reward than the column's; ~ marks pairs and rows whose "
-    "order flips"
-)
+MAX_LINES = 10
+"""Pairs out of order's neighbourhood that are listed; the JSON has all."""
 
 
 def print_study(study: Study, console: Console) -> None:
-    """Print the matrix of probabilities, best policy first, and one line per pair that flips."""
+    """Print the order, how sure each place is against the next, and which other pairs flip."""
     from rich import box
     from rich.table import Table
 
     pairs = {(p["a"], p["b"]): p for p in study["pairs"]}
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption=_LEGEND)
-    table.caption_justify = "left"
-    table.add_column("P(row beats column)", no_wrap=True)
-    for name in names[1:]:
-        table.add_column(name, justify="right")
-    for i, name in enumerate(names[:-1]):
-        cells = [_cell(pairs[name, other]) for other in names[i + 1 :]]
-        table.add_row(name, *[""] * i, *cells)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("by reward", no_wrap=True)
+    table.add_column("P(beats next)", justify="right", no_wrap=True)
+    table.add_column("one constant alone turns them round")
+    for name, other in pairwise(names):
+        pair = pairs[name, other]
+        table.add_row(name, f"{pair['p_a_beats_b']:.2f}", _ends(pair))
+    table.add_row(names[-1], "", "")
     console.print(
         f"  {study['n_samples']} samples of {len(study['constants'])} uncertain constants; "
         f"{study['plans']}",
         markup=False,
     )
     console.print(table)
-    for pair in study["pairs"]:
-        if pair["flips"]:
-            console.print(f"  {_flip_line(pair)}", markup=False)
+    neighbours = set(pairwise(names))
+    others = [p for key, p in pairs.items() if p["flips"] and key not in neighbours]
+    for pair in others[:MAX_LINES]:
+        console.print(f"  {_flip_line(pair)}", markup=False)
+    if len(others) > MAX_LINES:
+        console.print(f"  and {len(others) - MAX_LINES} more pairs whose order flips: see the JSON")
 
 
-def _cell(pair: Pair) -> str:
-    return f"{pair['p_a_beats_b']:.2f}{'~' if pair['flips'] else ''}"
+def _ends(pair: Pair) -> str:
+    return ", ".join(_end(flip) for flip in pair["flipped_by"])
 
 
 def _flip_line(pair: Pair) -> str:
     """Which constant, alone, turns the order of a pair round, else what it follows most."""
     head = f"{pair['a']} > {pair['b']} (P {pair['p_a_beats_b']:.2f})"
     if pair["flipped_by"]:
-        ends = ", ".join(_end(flip) for flip in pair["flipped_by"])
-        return f"{head} flips at {ends}"
+        return f"{head} flips at {_ends(pair)}"
     if pair["strongest"] is None:
         return f"{head} flips where several constants move"
     return (
@@ -62,5 +63,6 @@ def _flip_line(pair: Pair) -> str:
 
 
 def _end(flip: Flip) -> str:
-    sign = {"factor": "x ", "added": "+ ", "value": "= "}[flip["kind"]]
-    return f"{flip['constant']} {sign}{flip['value']:g}"
+    value = flip["value"]
+    text = {"factor": f"x {value:g}", "added": f"{value:+g}", "value": f"= {value:g}"}
+    return f"{flip['constant']} {text[flip['kind']]}"

@@ -206,6 +206,9 @@ def _notes(measured: Measurement, task: Task) -> list[str]:
         notes.append(facts.phases)
     if facts.tiled_from is not None:
         notes.append(f"layers tiled from {facts.tiled_from}")
+    n_requests = len(task.trace.split_requests(task.split))
+    if n_requests < task.batch_size:
+        notes.append(f"only {n_requests} requests for {task.batch_size} slots: the others idle")
     return [*notes, *_interval_notes(measured, task)]
 
 
