@@ -311,6 +311,17 @@ def test_without_recordings_rows_are_skipped_loudly(tmp_path, capsys):
     assert kept["ratio"] == pytest.approx(kept["ours"] / kept["published"])
 
 
+def test_narrow_screens_keep_targets_whole_and_end_with_the_verdict(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["validate", "--recordings", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= 80
+    assert all(any(line.startswith(t.id + " ") for line in lines) for t in load_targets())
+    assert sum("NO, expected" in line for line in lines) > 5
+    verdict = rf"{len(load_targets())} rows: \d+ agree .* 0 fail unexpectedly, \d+ skipped"
+    assert re.fullmatch(verdict, lines[-1])
+
+
 def test_an_unexpected_failure_is_named_and_fails_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(results, "EXPECTED_FAILURES", {})
     assert main(["validate", "--recordings", str(tmp_path)]) == 1

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from ndp_gym.commands import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,9 +17,11 @@ if TYPE_CHECKING:
     from ndp_gym.validation.results import Row
     from ndp_gym.validation.summary import Validation
 
-PLAIN_WIDTH = 180
-SOURCE_FROM_WIDTH = 130
-"""Terminal columns from which on the sources are shown."""
+COLUMNS = ("target", "source", "published", "ours", "ratio", "kind", "tolerance", "ok")
+OPTIONAL = ("source", "tolerance", "kind", "ratio")
+"""Columns that a narrow terminal does without, least needed first."""
+SOURCE_WIDTH = 24
+"""Terminal columns that the source asks for; longer ones wrap."""
 EXIT_UNEXPECTED_FAILURE = 1
 
 
@@ -39,19 +44,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Compute, print the tables and the summary, write what was asked for."""
-    from rich.console import Console
-
     from ndp_gym.report import check_writable
     from ndp_gym.validation.recordings import Recordings
-    from ndp_gym.validation.summary import validate
+    from ndp_gym.validation.summary import count_line, validate
 
     if args.recordings is not None and not args.recordings.is_dir():
         raise ValueError(f"--recordings must be a folder, got {args.recordings}")
     if args.json is not None:
         check_writable(args.json)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_WIDTH)
+    console = make_console()
     recordings = Recordings(args.recordings)
     with console.status("computing all rows, ten seconds or so"):
         found = validate(recordings)
@@ -63,47 +64,58 @@ def run(args: argparse.Namespace) -> int:
     if args.write_docs is not None:
         for path in _write_docs(found, recordings, args.write_docs):
             console.print(f"wrote {path}", markup=False, highlight=False)
+    console.print(count_line(found), style="bold", markup=False, highlight=False, soft_wrap=True)
     return EXIT_UNEXPECTED_FAILURE if found.unexpected else 0
 
 
 def _print_rows(console: Console, found: Validation) -> None:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from ndp_gym.validation.results import by_group
 
-    with_source = console.width >= SOURCE_FROM_WIDTH
     for group, rows in by_group(found.rows).items():
-        table = Table(title=group, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("target", overflow="fold")
-        if with_source:
-            table.add_column("source", overflow="fold")
-        for head in ("published", "ours", "ratio"):
-            table.add_column(head, justify="right", no_wrap=True)
-        for head in ("kind", "tolerance", "ok"):
-            table.add_column(head, no_wrap=True)
-        for row in rows:
+        table = Table(title=group, title_justify="left", box=box.SIMPLE_HEAD)
+        table.show_edge, table.pad_edge, table.padding = False, False, (0, 1, 0, 0)
+        cells = [_cells(row) for row in rows]
+        shown = _fitting(cells, console.width)
+        for head in shown:
+            is_number = head in ("published", "ours", "ratio")
+            justify: Literal["left", "right"] = "right" if is_number else "left"
+            no_wrap = head not in ("target", "source")
+            table.add_column(head, justify=justify, overflow="fold", no_wrap=no_wrap)
+        for row, texts in zip(rows, cells, strict=True):
             style = {True: None, False: "red", None: "dim"}[row.ok]
-            target, source, *others = _cells(row)
-            table.add_row(target, *([source] if with_source else []), *others, style=style)
+            table.add_row(*(Text(texts[head]) for head in shown), style=style)
         console.print(table)
+        console.print()
 
 
-def _cells(row: Row) -> list[str]:
-    from rich.markup import escape
+def _fitting(cells: Sequence[Mapping[str, str]], width: int) -> list[str]:
+    """The columns whose longest cells fit ``width`` terminal columns, 2 between neighbours."""
+    needs = {head: max(len(head), *(len(row[head]) for row in cells)) for head in COLUMNS}
+    needs["source"] = min(needs["source"], SOURCE_WIDTH)
+    shown = list(COLUMNS)
+    for head in OPTIONAL:
+        if sum(needs[name] + 2 for name in shown) - 2 > width:
+            shown.remove(head)
+    return shown
 
+
+def _cells(row: Row) -> dict[str, str]:
+    """The texts of a row by the head of their column."""
     from ndp_gym.validation.summary import number, ours, status, tolerance
 
     t = row.target
-    published, ratio = f"{t.published:g}", number(row.ratio)
-    cells = [t.id, t.source, published, ours(row), ratio, t.kind, tolerance(row), status(row)]
-    return [escape(cell) for cell in cells]
+    texts = (t.id, t.source, f"{t.published:g}", ours(row), number(row.ratio), t.kind)
+    return dict(zip(COLUMNS, (*texts, tolerance(row), status(row)), strict=True))
 
 
 def _print_summary(console: Console, found: Validation, recordings: Recordings) -> None:
-    from ndp_gym.validation.summary import count_line, error_lines, fold_cells, ordering_cells
+    from ndp_gym.validation.summary import error_lines, fold_cells, ordering_cells
 
-    lines = [count_line(found), *error_lines(found), "without one source:"]
+    lines = [*error_lines(found), "without one source:"]
     for fold in found.folds:
         name, left_out, fitted, in_use, outcome = map(str, fold_cells(fold))
         lines.append(f"- {name} = {fitted} (in use {in_use}) without {left_out}: {outcome}")
