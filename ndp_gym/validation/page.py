@@ -21,6 +21,7 @@ from ndp_gym.validation.summary import (
 )
 
 COMMAND = "ndp-gym validate --write-docs"
+SEED_PAPER = "*Context-aware MoE inference on CXL GPU-NDP systems* (arXiv 2512.04476)"
 
 INTRODUCTION = f"""\
 # Published against ours
@@ -32,6 +33,8 @@ simulator.
 - **calibrated** rows chose a constant. They show that the form is adequate, not that it predicts.
 - **predicted** rows had no part in any fit.
 - **bound** rows are one-sided.
+
+The *seed* is the paper this work started from: {SEED_PAPER}.
 
 A row agrees if ours is within the tolerance that was fixed before the code was written. Rows that
 are expected to fail are shown failing, with their reason, and are not tuned away."""
@@ -52,7 +55,8 @@ Both are under the MIT licence. `ndp-gym trace import` turns them into traces fo
 
 NOTES = {
     "seed": (
-        "Simulated by its authors, not measured. One request at a time, context 1152; hits of "
+        f"{SEED_PAPER}: simulated by its authors, not measured. "
+        "One request at a time, context 1152; hits of "
         "Mixtral-8x7B recordings stand in for Mixtral-8x22B, of which none is public. `eta_n` of "
         "the simulated device and `pi` of its baseline were fitted here. Input and output lengths "
         "behind the ranges of the paper are not published; 128 in, 512 and 2048 out are taken."
@@ -80,7 +84,7 @@ NOTES = {
     ),
 }
 
-TITLES = {"seed": "The seed paper", "cpu offload": "CPU offload"}
+TITLES = {"seed": "The seed: GPU and CXL-NDP", "cpu offload": "CPU offload"}
 
 PLOTS = {
     "seed": "seed",
