@@ -6,7 +6,10 @@ import pytest
 from ndp_gym.evaluation import evaluate
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-ROW = re.compile(r"^\| `(\w+)`[^|]*\| ([\d,]+) [^|]*\| ([\d.]+) \| [^|]+ \| ([\d.]+) \|", re.M)
+ROW = re.compile(
+    r"^\| `(\w+)`[^|]*\| ([\d,]+) \(([\d,]+)\u2013([\d,]+)\) \| ([\d.]+) \| [^|]+ \| ([\d.]+) \|",
+    re.M,
+)
 
 
 @pytest.mark.slow
@@ -18,8 +21,9 @@ def test_the_results_table_is_what_the_demo_computes() -> None:
     assert len(table) >= 8
     result = evaluate(list(table), seeds=range(3))
     rows = {row["policy"]: row for row in result.rows}
-    for name, (tokens_per_s, speedup, delta_nll) in table.items():
+    for name, (tokens_per_s, low, high, speedup, delta_nll) in table.items():
         row = rows[name]
         assert row["tokens_per_s"] == pytest.approx(tokens_per_s, rel=0.01), name
+        assert row["tokens_per_s_ci95"] == pytest.approx((low, high), rel=0.01), name
         assert row["speedup_vs_all_far4"] == pytest.approx(speedup, abs=0.011), name
         assert row["delta_nll_nats"] == pytest.approx(delta_nll, abs=0.0011), name
