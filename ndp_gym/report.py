@@ -193,9 +193,9 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
         notes = [note for note in row["notes"] if note != PLACEMENT_UNNECESSARY]
         for text in [*(f"{prefix}{r}" for r in row["validity_reasons"]), *notes]:
             by_text.setdefault(text, []).append(row["policy"])
-    lines = []
+    lines, ran = [], {row["policy"] for row in rows if row["tokens_per_s"] is not None}
     for text, policies in by_text.items():
-        who = "all rows" if len(policies) == len(rows) else ", ".join(policies)
+        who = "all rows" if ran <= set(policies) else ", ".join(policies)
         lines.append(f"  {who}: {text}")
     bounds = sorted({f"{r['reward_bound']:.3f}" for r in rows if r["reward_bound"] is not None})
     if bounds:

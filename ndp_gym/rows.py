@@ -216,12 +216,16 @@ def _interval_notes(measured: Measurement, task: Task) -> list[str]:
     """How far the intervals of a row can be trusted, or why it has none."""
     n_blocks = _bootstrap(measured, task.batch_size).n_blocks
     n_recorded = task.trace.requests.n_conversations
-    blocks = f"{n_blocks} of {MIN_BLOCKS} blocks of {task.batch_size} conversations"
     if n_recorded < MIN_SPLIT_CONVERSATIONS:
-        needed = f"{MIN_SPLIT_CONVERSATIONS} conversations in the recording"
-        return [f"no intervals: {n_recorded} of {needed}, {blocks} that are needed"]
+        return [
+            f"no intervals: they need {MIN_SPLIT_CONVERSATIONS} conversations, the recording has "
+            f"{n_recorded} (blocks of {task.batch_size} in the run: {n_blocks})"
+        ]
     if n_blocks < MIN_BLOCKS:
-        return [f"no intervals: {blocks} that are needed"]
+        return [
+            f"no intervals: they need {MIN_BLOCKS} blocks of {task.batch_size} conversations, "
+            f"the run has {n_blocks}"
+        ]
     if n_blocks < FEW_BLOCKS:
         return [f"intervals from {n_blocks} blocks of conversations: somewhat too narrow"]
     return []

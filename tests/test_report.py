@@ -175,3 +175,13 @@ def test_no_cell_is_cut_off_whatever_the_width(
     table = capsys.readouterr().out
     assert "…" not in table.split("modeled")[0]
     assert "ΔNLL" in table
+
+
+def test_a_note_of_every_row_that_ran_is_not_listed_by_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [sample_row("a", notes=["few"]), sample_row("b", notes=["few"]), infeasible_row("c")]
+    print_tables(EvaluationResult(rows=rows), width=120)
+    text = capsys.readouterr().out
+    assert "  all rows: few" in text
+    assert "  c: infeasible: needs" in text

@@ -111,8 +111,7 @@ def test_intervals_need_sixteen_conversations_in_the_recording() -> None:
     assert few["all_far4"]["tokens_per_s_ci95"] is None
     assert few["all_hbm"]["speedup_vs_all_far4_ci95"] is None
     assert few["all_far4"]["notes"][-1] == (
-        "no intervals: 15 of 16 conversations in the recording, "
-        "8 of 8 blocks of 2 conversations that are needed"
+        "no intervals: they need 16 conversations, the recording has 15 (blocks of 2 in the run: 8)"
     )
     many = rows_of(
         ["all_far2"], make_trace(n_conversations=80), batch_sizes=(1,), hbm_budget=PLENTY
@@ -135,7 +134,7 @@ def test_intervals_need_eight_blocks_of_conversations_that_decoded_together() ->
     assert two["notes"] == ["intervals from 10 blocks of conversations: somewhat too narrow"]
     assert eight["tokens_per_s_ci95"] is eight["speedup_vs_all_far4_ci95"] is None
     assert eight["delta_nll_nats_ci95"] is None
-    assert eight["notes"] == ["no intervals: 3 of 8 blocks of 8 conversations that are needed"]
+    assert eight["notes"] == ["no intervals: they need 8 blocks of 8 conversations, the run has 3"]
 
 
 def test_conversations_are_summed_in_order_of_first_admission() -> None:
@@ -155,6 +154,6 @@ def test_notes_say_what_the_recording_lacks() -> None:
     assert row["notes"] == [
         "gate weights not recorded: rank profile of toy",
         "first 128 tokens taken as prefill",
-        "no intervals: 1 of 16 conversations in the recording, "
-        "1 of 8 blocks of 8 conversations that are needed",
+        "only 1 requests for 8 slots: the others idle",
+        "no intervals: they need 16 conversations, the recording has 1 (blocks of 8 in the run: 1)",
     ]
