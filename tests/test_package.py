@@ -69,6 +69,27 @@ def test_bad_usage_is_one_sentence_and_exit_code_2() -> None:
 
 
 @pytest.mark.parametrize(
+    ("argv", "program"),
+    [
+        ("evaluate --bound foo", "ndp-gym evaluate"),
+        ("evaluate --nonsense", "ndp-gym evaluate"),
+        ("trace info a.safetensors --nonsense", "ndp-gym trace info"),
+        ("--nonsense list models", "ndp-gym"),
+    ],
+)
+def test_arguments_that_nobody_knows_name_the_command(
+    argv: str, program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv.split())
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{program}: unrecognized arguments: ")
+    assert error.endswith(f"(see {program} --help)\n")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("error", "code", "message"),
     [
         (ValueError("batch_size must be\n at least 1, got 0"), 2, "batch_size must be at least 1"),
