@@ -3,7 +3,8 @@
 An agent sees dimensionless features of its layer and answers with four numbers in [-1, 1]; a
 compiled decoder (`ndp_gym.layer_loops`) turns the answers of all layers into one plan that keeps
 the HBM budget. Nothing depends on the number of layers or experts, so an agent trained on one model
-runs on any. Formulation of ``learning.md`` section 2, with widths in HBM priced per byte.
+runs on any. Formulation of ``learning.md`` section 2, with widths in HBM priced per byte and HBM
+rationed by layer: where layers compete for bytes, each pays for them with the others' speed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = ["ACTIONS", "Decided", "LayerAgents", "layer_rewards"]
 FloatArray = NDArray[np.float64]
 
 ACTIONS = ("far_value", "price", "hysteresis", "mix")
-"""What the four numbers steer; at 0 the decoder does what `balance` does by default.
+"""What the four numbers steer; at 0 the decoder weighs things as `balance` does by default.
 
 ``far_value``: seconds of the far device count ``2 ** a``-fold when experts are chosen for HBM;
 ``price``: seconds against quality, ``2 ** a``; ``hysteresis``: seconds of copies, ``16 ** a``;
@@ -116,6 +117,9 @@ class LayerAgents:
     def decide(self, actions: NDArray[np.floating]) -> Decided:
         """The plans behind ``actions`` [N, L, 4] for what was last observed.
 
+        The HBM bytes of a layer are those that all-zero actions would give it, so that no layer
+        can take from another: what it does with them is its own to gain and to lose.
+
         Raises:
             ValueError: nothing was observed yet, or an action is not finite.
         """
@@ -123,8 +127,20 @@ class LayerAgents:
             raise ValueError("actions of layer agents must be finite, got nan or inf")
         if self._seen is None:
             raise ValueError("observe() must come before decide()")
+        context = self._seen[0]["context"]
+        budgets = np.floor(entry(context, "hbm_budget_bytes"))[:, None]
+        clipped: FloatArray = np.asarray(actions, np.float64).clip(-1, 1)
+        _, rations = self._decoded(np.zeros_like(clipped), budgets)
+        rations[:, 0] += budgets[:, 0] - rations.sum(axis=1)
+        decided, _ = self._decoded(clipped, rations)
+        self._wanted = np.where(decided.tier == HBM, decided.bits, 0).astype(np.int64)
+        self._has_plan.fill(1)
+        return decided
+
+    def _decoded(self, actions: FloatArray, rations: FloatArray) -> tuple[Decided, FloatArray]:
+        """Plans, and the HBM bytes [N, L] that they are charged."""
+        assert self._seen is not None
         observations, routing, estimate = self._seen
-        actions = np.clip(np.asarray(actions, np.float64), -1, 1)
         share = self._forecaster.mixed(routing, actions[..., ACTIONS.index("mix")])
         load, active = _expected(share, estimate.n_tokens, self._top_k)
         energy = 0.5 * routing.gates + 0.5 * share
@@ -133,15 +149,13 @@ class LayerAgents:
         present = np.where(is_near, observations["bitwidth"], 0).astype(np.int64)
         shape = present.shape
         decided = Decided(np.empty(shape, np.uint8), np.empty(shape, np.uint8), np.empty(shape))
+        used = np.empty(shape[:2])
         self._loops.decide(
-            actions, (load, active, estimate.n_tokens), (present, self._wanted),
-            np.floor(entry(observations["context"], "hbm_budget_bytes")),
-            (1 / estimate.step_s, lost, self._has_plan),
-            self._table, self._facts.in_place, *decided,
+            actions, (load, active, estimate.n_tokens), (present, self._wanted), rations,
+            (1 / estimate.step_s, lost, self._has_plan), self._table, self._facts.in_place,
+            *decided, used,
         )  # fmt: skip
-        self._wanted = np.where(decided.tier == HBM, decided.bits, 0).astype(np.int64)
-        self._has_plan.fill(1)
-        return decided
+        return decided, used
 
     def _estimate(self, observations: Observations, share: FloatArray) -> Estimate:
         """Nominal seconds of a decode step for the expected routing, and what was measured."""
@@ -161,7 +175,8 @@ class LayerAgents:
         gpu_s = active.sum(axis=-1) * table.gpu_weight_s[middle]
         seconds = observations["layer"].astype(np.float64)
         measured_s = seconds[..., 0] + seconds[..., 3]
-        guess_s = np.where(measured_s.any(axis=1)[:, None], measured_s, 0.5 * far_s)
+        is_measured = measured_s.any(axis=1, keepdims=True)
+        guess_s = np.where(is_measured, measured_s, 0.5 * far_s)
         return Estimate(
             load=load,
             active=active,
@@ -182,10 +197,9 @@ def layer_rewards(
 
     ``L (log((T - t + t_ref) / T) - weight (D - D_ref))`` with the layer's own seconds t and nats D:
     the environment's reward minus what it would be had this layer been served as in the reference.
-    Its gradient in the layer's own seconds is that of the environment's reward, but it does not
-    know that layers compete for HBM. (``learning.md`` has ``(t_ref - t) / T``; far from the
-    reference its mean, ``T_ref / T - 1``, pays for speed at any price.) Requantisation and the
-    guard of super experts belong to no layer.
+    Its gradient in the layer's own seconds is that of the environment's reward. (``learning.md``
+    has ``(t_ref - t) / T``; far from the reference its mean, ``T_ref / T - 1``, pays for speed at
+    any price.) Requantisation and the guard of super experts belong to no layer.
     """
     seconds = outcome.decode_s[:, None]
     speed = np.log((seconds - outcome.layer_s + outcome.ref_layer_s) / seconds)

@@ -43,8 +43,7 @@ class LayerVecEnv(VecEnv):
     Args:
         n_lanes: copies of the environment.
         own: share of an agent's reward that is its own layer's (`layer_rewards`); the rest is the
-            environment's, the same for all layers of a copy. HBM is one budget, and what a layer
-            takes the others pay for: at 0.2 agents already drift towards buying HBM with quality.
+            environment's, the same for all layers of a copy.
         max_windows: windows per episode.
         others: see `NDPPlacementEnv`.
 
@@ -69,7 +68,7 @@ class LayerVecEnv(VecEnv):
         scheduling: Scheduling = "continuous",
         max_windows: int = 64,
         quality_weight: str | float = "balanced",
-        own: float = 0.0,
+        own: float = 1.0,
     ) -> None:
         """Open the recording; nothing is reset yet."""
         if not 0 <= own <= 1:

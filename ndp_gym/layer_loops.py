@@ -66,26 +66,34 @@ def excess_s(layer, byte_price, costs, seconds, loads, constants):  # type: igno
 
 
 @njit(cache=True, nogil=True)
-def settle(costs, seconds, loads, constants, budget, top_price, in_place, chosen):  # type: ignore[no-untyped-def]
-    """Fill ``chosen`` [L, E] with HBM width indices (-1 far) that keep the budget; one lane."""
-    n_layers, n_experts = chosen.shape
-    least = np.full(n_layers, top_price * 1e-6)
-    if in_place:  # the two sides work at once: HBM is filled only while that helps the slower
-        for layer in range(n_layers):
-            if excess_s(layer, least[layer], costs, seconds, loads, constants) > 0:
-                low, high = least[layer], top_price
-                for _ in range(_ROUNDS):
-                    middle = math.sqrt(low * high)
-                    if excess_s(layer, middle, costs, seconds, loads, constants) > 0:
-                        low = middle
-                    else:
-                        high = middle
-                least[layer] = high
+def balanced_price(layer, top_price, costs, seconds, loads, constants):  # type: ignore[no-untyped-def]
+    """Least byte price at which the GPU side of a layer is no slower than its far side."""
+    low, high = top_price * 1e-6, top_price
+    if excess_s(layer, low, costs, seconds, loads, constants) <= 0:
+        return low
+    for _ in range(_ROUNDS):
+        middle = math.sqrt(low * high)
+        if excess_s(layer, middle, costs, seconds, loads, constants) > 0:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+@njit(cache=True, nogil=True)
+def settle(layers, least, costs, budget, top_price, chosen):  # type: ignore[no-untyped-def]
+    """Fill the rows ``layers`` = (first, last + 1) of ``chosen`` [L, E] within ``budget`` bytes.
+
+    Entries are HBM width indices, -1 far; no byte costs less than ``least`` [L].
+
+    Returns:
+        Bytes left over.
+    """
     low, high = top_price * 1e-6, top_price * 1.01
     for step in range(_ROUNDS + 1):
         middle = low if step == 0 else math.sqrt(low * high)
         total = 0.0
-        for layer in range(n_layers):
+        for layer in range(layers[0], layers[1]):
             total += layer_bytes(layer, max(middle, least[layer]), costs)
         if total <= budget:
             high = middle
@@ -93,24 +101,24 @@ def settle(costs, seconds, loads, constants, budget, top_price, in_place, chosen
                 break
         else:
             low = middle
-    used = 0.0
-    for layer in range(n_layers):
-        for e in range(n_experts):
+    left = budget
+    for layer in range(layers[0], layers[1]):
+        left -= layer_bytes(layer, max(high, least[layer]), costs)
+        for e in range(chosen.shape[1]):
             chosen[layer, e] = cheapest(layer, e, max(high, least[layer]), costs)
-            if chosen[layer, e] >= 0:
-                used += costs[2][layer, e, chosen[layer, e]]
-    for layer in range(n_layers):  # what a slightly lower price would buy, while there is room
-        for e in range(n_experts):
+    for layer in range(layers[0], layers[1]):  # what a lower price would buy, while there is room
+        for e in range(chosen.shape[1]):
             index, now = cheapest(layer, e, max(low, least[layer]), costs), chosen[layer, e]
             if index != now and index >= 0:
                 extra = costs[2][layer, e, index] - (costs[2][layer, e, now] if now >= 0 else 0.0)
-                if used + extra <= budget:
-                    used += extra
+                if extra <= left:
+                    left -= extra
                     chosen[layer, e] = index
+    return left
 
 
 @njit(cache=True, nogil=True)
-def decide(actions, forecast, held, budgets, prices, table, in_place, tier, bits, order):  # type: ignore[no-untyped-def]
+def decide(actions, forecast, held, rations, prices, table, in_place, tier, bits, order, used):  # type: ignore[no-untyped-def]
     """Fill tier, bits and order [N, L, E] with the plans behind ``actions`` [N, L, 4].
 
     Args:
@@ -118,7 +126,8 @@ def decide(actions, forecast, held, budgets, prices, table, in_place, tier, bits
         forecast: load, active [N, L, E], and expected tokens per step [N].
         held: bits present in HBM and bits wanted by the last plan [N, L, E]; copies of either
             are paid already, and the budget charges what is present.
-        budgets: [N] HBM bytes.
+        rations: [N, L] HBM bytes of each layer, what one leaves goes to the next; or [N, 1] bytes
+            for which the layers compete by one price.
         prices: 1 / expected step seconds [N], reward lost by each copy [N, L, E, NB], and whether
             a plan has been loaded, so that copies cost something, [N].
         table: widths, bytes, gpu, launch, far and copy seconds [NB], far seconds per token [NB],
@@ -127,6 +136,7 @@ def decide(actions, forecast, held, budgets, prices, table, in_place, tier, bits
         tier: filled.
         bits: filled.
         order: filled, higher moves first.
+        used: [N, L] filled, HBM bytes charged to each layer.
     """
     load, active, n_tokens = forecast
     present, wanted = held
@@ -141,7 +151,7 @@ def decide(actions, forecast, held, budgets, prices, table, in_place, tier, bits
     hbm_cost = np.empty((n_layers, n_experts, nb))
     n_bytes = np.empty((n_layers, n_experts, nb))
     gpu_s = np.empty((n_layers, n_experts, nb))
-    factor = np.empty(n_layers)
+    factor, least = np.empty(n_layers), np.empty(n_layers)
     chosen = np.empty((n_layers, n_experts), np.int64)
     for n in range(n_lanes):
         top_price = 0.0
@@ -175,17 +185,29 @@ def decide(actions, forecast, held, budgets, prices, table, in_place, tier, bits
                     if here > 0:
                         n_bytes[layer, e, b] = max(w_bytes[b], w_bytes[index_of[here]])
                     top_price = max(top_price, (best - cost) / n_bytes[layer, e, b])
-        settle(
-            (far_cost, hbm_cost, n_bytes), (gpu_s, far_s, launch_s),
-            (load[n], active[n], factor),
-            (token_s, latency_s, activation_s, floor_s, n_tokens[n], top_k),
-            budgets[n], max(top_price, 1e-30), in_place, chosen,
-        )  # fmt: skip
+        costs, top_price = (far_cost, hbm_cost, n_bytes), max(top_price, 1e-30)
+        least[:] = top_price * 1e-6
+        if in_place:  # the two sides work at once: HBM is filled while that helps the slower one
+            for layer in range(n_layers):
+                least[layer] = balanced_price(
+                    layer, top_price, costs, (gpu_s, far_s, launch_s),
+                    (load[n], active[n], factor),
+                    (token_s, latency_s, activation_s, floor_s, n_tokens[n], top_k),
+                )  # fmt: skip
+        if rations.shape[1] == n_layers:
+            left = 0.0
+            for layer in range(n_layers):
+                room = rations[n, layer] + left
+                left = settle((layer, layer + 1), least, costs, room, top_price, chosen)
+        else:
+            settle((0, n_layers), least, costs, rations[n, 0], top_price, chosen)
         for layer in range(n_layers):
+            used[n, layer] = 0.0
             for e in range(n_experts):
                 index = chosen[layer, e]
                 is_hot = index >= 0
                 tier[n, layer, e] = 0 if is_hot else 1
                 bits[n, layer, e] = widths[index if is_hot else far_index[layer, e]]
                 gain = far_cost[layer, e] - hbm_cost[layer, e, index] if is_hot else 0.0
+                used[n, layer] += n_bytes[layer, e, index] if is_hot else 0.0
                 order[n, layer, e] = gain / n_bytes[layer, e, index] if is_hot else -1.0
