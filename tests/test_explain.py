@@ -67,7 +67,7 @@ HALF_NEAR = [[0, 0, 1, 1], [0, 1, 1, 0]]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("names", [("balance", "lru"), ("ema", "all_far3"), ("lfu", "balance")])
+@pytest.mark.parametrize("names", [("balance", "lru"), ("ema", "all_far2"), ("lfu", "balance")])
 def test_terms_sum_to_the_difference_exactly_and_change_sign_with_the_sides(
     names: tuple[str, str], batch_size: int
 ) -> None:
