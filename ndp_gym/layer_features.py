@@ -112,7 +112,7 @@ def features_of(
     reference_s = estimate.outside_s + estimate.far_s
     layer_s = estimate.outside_s + estimate.experts_s
     measured = far_s.any(axis=1, keepdims=True) | gpu_s.any(axis=1, keepdims=True)
-    facts_of_lane = _lane_features(observations, measured[:, 0], gpu_s, far_s, facts)
+    facts_of_lane = _lane_features(observations, np.asarray(measured)[:, 0], gpu_s, far_s, facts)
     columns = {
         **_coverage("load", estimate.load, {"16th": 16, "8th": 8, "4th": 4, "half": 2}),
         **_coverage("active", estimate.active, {"8th": 8, "4th": 4, "half": 2}),

@@ -73,7 +73,7 @@ class LaneForecaster:
         self._remember(last, entry(context, "window") * learns)
         left = np.minimum(entry(context, "n_admitted") / n_live, 1.0) * learns
         self._steps *= 1 - left
-        has_prompts = prefill.any(axis=(1, 2))
+        has_prompts = np.asarray(prefill.any(axis=(1, 2)))
         known = np.where(has_prompts, self._blend.prefill_tokens / n_live, 0.0)
         known = np.where(known + self._steps > 0, known, 1.0)
         weight = (known / (known + self._steps))[..., None, None]
@@ -108,4 +108,4 @@ def entry(context: NDArray[np.float32], name: str) -> FloatArray:
 
 
 def _or_else(load: FloatArray, share: FloatArray) -> FloatArray:
-    return np.where(load.any(axis=(1, 2))[:, None, None], shares(load), share)
+    return np.where(load.any(axis=(1, 2), keepdims=True), shares(load), share)

@@ -118,6 +118,56 @@ def settle(layers, least, costs, budget, top_price, chosen):  # type: ignore[no-
 
 
 @njit(cache=True, nogil=True)
+def price(n, actions, forecast, held, prices, table, in_place, costs, seconds, far_index, factor):  # type: ignore[no-untyped-def]
+    """Fill ``costs``, ``seconds``, ``far_index`` and ``factor`` for lane ``n``; see `decide`.
+
+    Returns:
+        The byte price above which nothing is worth a place in HBM.
+    """
+    load, active, _ = forecast
+    present, wanted = held
+    rate, lost, has_plan = prices
+    widths, w_bytes, index_of, gpu_w, _, far_w, copy_w, far_token, scalars = table
+    least_tokens, window = scalars[4], scalars[5]
+    far_cost, hbm_cost, n_bytes = costs
+    gpu_s, far_s, _ = seconds
+    n_layers, n_experts, nb = hbm_cost.shape
+    top_price = 1e-30
+    for layer in range(n_layers):
+        a = actions[n, layer]
+        factor[layer] = 2.0 ** a[FAR_VALUE]
+        second = rate[n] * 2.0 ** a[PRICE]
+        copy_price = second * 0.05 * 16.0 ** a[HYSTERESIS] / window * has_plan[n]
+        for e in range(n_experts):
+            use = active[n, layer, e]
+            tokens = max(load[n, layer, e] / max(use, 1e-12), least_tokens)
+            best = np.inf
+            for b in range(nb):
+                if in_place:
+                    one = use * max(far_w[b], tokens * far_token[b])
+                else:
+                    one = use * (copy_w[b] + gpu_w[b])
+                cost = second * one + lost[n, layer, e, b]
+                if cost < best:
+                    best, far_index[layer, e], far_s[layer, e] = cost, b, one
+            best += second * (factor[layer] - 1) * far_s[layer, e]
+            far_cost[layer, e] = best
+            here, ordered = present[n, layer, e], wanted[n, layer, e]
+            for b in range(nb):
+                gpu_s[layer, e, b] = use * gpu_w[b]
+                paid = widths[b] in (here, ordered)
+                cost = lost[n, layer, e, b] + (0.0 if paid else copy_price * copy_w[b])
+                # beside a slower far device GPU seconds are all but free; fetches come in series
+                cost += second * gpu_s[layer, e, b] * (0.1 if in_place else 1.0)
+                hbm_cost[layer, e, b] = cost
+                n_bytes[layer, e, b] = w_bytes[b]
+                if here > 0:
+                    n_bytes[layer, e, b] = max(w_bytes[b], w_bytes[index_of[here]])
+                top_price = max(top_price, (best - cost) / n_bytes[layer, e, b])
+    return top_price
+
+
+@njit(cache=True, nogil=True)
 def decide(actions, forecast, held, rations, prices, table, in_place, tier, bits, order, used):  # type: ignore[no-untyped-def]
     """Fill tier, bits and order [N, L, E] with the plans behind ``actions`` [N, L, 4].
 
@@ -139,59 +189,24 @@ def decide(actions, forecast, held, rations, prices, table, in_place, tier, bits
         used: [N, L] filled, HBM bytes charged to each layer.
     """
     load, active, n_tokens = forecast
-    present, wanted = held
-    rate, lost, has_plan = prices
-    widths, w_bytes, index_of, gpu_w, launch_s, far_w, copy_w, far_token, scalars = table
-    token_s, latency_s, activation_s, floor_s, least_tokens, window, top_k = scalars
+    widths, launch_s, scalars = table[0], table[4], table[8]
+    token_s, latency_s, activation_s, floor_s, _, _, top_k = scalars
     n_lanes, n_layers, n_experts = load.shape
-    nb = widths.size
-    far_cost = np.empty((n_layers, n_experts))
-    far_index = np.empty((n_layers, n_experts), np.int64)
-    far_s = np.empty((n_layers, n_experts))
-    hbm_cost = np.empty((n_layers, n_experts, nb))
-    n_bytes = np.empty((n_layers, n_experts, nb))
-    gpu_s = np.empty((n_layers, n_experts, nb))
+    each, wide = (n_layers, n_experts), (n_layers, n_experts, widths.size)
+    far_cost, hbm_cost, n_bytes = np.empty(each), np.empty(wide), np.empty(wide)
+    costs = far_cost, hbm_cost, n_bytes
+    seconds = np.empty(wide), np.empty(each), launch_s
+    far_index, chosen = np.empty(each, np.int64), np.empty(each, np.int64)
     factor, least = np.empty(n_layers), np.empty(n_layers)
-    chosen = np.empty((n_layers, n_experts), np.int64)
     for n in range(n_lanes):
-        top_price = 0.0
-        for layer in range(n_layers):
-            a = actions[n, layer]
-            factor[layer] = 2.0 ** a[FAR_VALUE]
-            second = rate[n] * 2.0 ** a[PRICE]
-            copy_price = second * 0.05 * 16.0 ** a[HYSTERESIS] / window * has_plan[n]
-            for e in range(n_experts):
-                use = active[n, layer, e]
-                tokens = max(load[n, layer, e] / max(use, 1e-12), least_tokens)
-                best = np.inf
-                for b in range(nb):
-                    if in_place:
-                        one = use * max(far_w[b], tokens * far_token[b])
-                    else:
-                        one = use * (copy_w[b] + gpu_w[b])
-                    cost = second * one + lost[n, layer, e, b]
-                    if cost < best:
-                        best, far_index[layer, e], far_s[layer, e] = cost, b, one
-                best += second * (factor[layer] - 1) * far_s[layer, e]
-                far_cost[layer, e] = best
-                here, ordered = present[n, layer, e], wanted[n, layer, e]
-                for b in range(nb):
-                    gpu_s[layer, e, b] = use * gpu_w[b]
-                    paid = widths[b] in (here, ordered)
-                    cost = lost[n, layer, e, b] + (0.0 if paid else copy_price * copy_w[b])
-                    cost += second * gpu_s[layer, e, b] * (0.1 if in_place else 1.0)
-                    hbm_cost[layer, e, b] = cost
-                    n_bytes[layer, e, b] = w_bytes[b]
-                    if here > 0:
-                        n_bytes[layer, e, b] = max(w_bytes[b], w_bytes[index_of[here]])
-                    top_price = max(top_price, (best - cost) / n_bytes[layer, e, b])
-        costs, top_price = (far_cost, hbm_cost, n_bytes), max(top_price, 1e-30)
+        top_price = price(
+            n, actions, forecast, held, prices, table, in_place, costs, seconds, far_index, factor
+        )
         least[:] = top_price * 1e-6
         if in_place:  # the two sides work at once: HBM is filled while that helps the slower one
             for layer in range(n_layers):
                 least[layer] = balanced_price(
-                    layer, top_price, costs, (gpu_s, far_s, launch_s),
-                    (load[n], active[n], factor),
+                    layer, top_price, costs, seconds, (load[n], active[n], factor),
                     (token_s, latency_s, activation_s, floor_s, n_tokens[n], top_k),
                 )  # fmt: skip
         if rations.shape[1] == n_layers:
