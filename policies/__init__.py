@@ -6,6 +6,7 @@ only where the shell does.
 """
 
 POLICIES: dict[str, str] = {
+    "agent": "policies.agent:LayerAgent",
     "all_far": "policies.all_far:AllFar",
     "all_far4": "policies.all_far:AllFar:bits=4",
     "all_far3": "policies.all_far:AllFar:bits=3",

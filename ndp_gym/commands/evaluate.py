@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _FORMATS = {"json": "json", "csv": "csv", "latex": "tex", "png": "png"}
 _LEAST_BARE_BYTES = 1_000_000
 _UNITS = ("KB", "MB", "GB", "TB", "KIB", "MIB", "GIB", "TIB")
+_NOT_IN_ALL = ("all_far", "agent")  # families of which members are named
 _EPILOG = (
     "Every condition also runs all_far4, all_hbm and all_hbm_mixed. All times are modeled. "
     "Example: ndp-gym evaluate --policies balance,lru,all_far:bits=3 --batch-size 1,8 --out runs/a"
@@ -139,7 +140,8 @@ def parse_policies(text: str) -> list[str]:
         if names and "=" in item and ":" not in item:
             names[-1] += f",{item.strip()}"
         elif item.strip() == "all":
-            names += [n for n in registered_policies() if n != "all_far"] or list(BASELINES)
+            named = [n for n in registered_policies() if n not in _NOT_IN_ALL]
+            names += named or list(BASELINES)
         else:
             names.append(item.strip())
     return list(dict.fromkeys(names))

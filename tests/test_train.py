@@ -1,0 +1,146 @@
+"""Training in seconds: agents that load without torch, resume, Ctrl-C, tracking, and the table."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ndp_gym.agent_file import Agent, load_agent, save_agent
+from ndp_gym.evaluation import evaluate
+from ndp_gym.layer_agents import ACTIONS
+from ndp_gym.layer_features import FEATURES
+from policies.agent import LayerAgent
+from tests.wandb_reader import read_run
+from train.ppo import Args, ValScore, parse, train
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY: dict[str, Any] = {
+    "n_windows": 128, "eval_every": 64, "n_lanes": 4, "n_steps": 8, "minibatch": 64, "hidden": 8,
+    "wandb": "disabled",
+}  # fmt: skip
+
+
+def random_agent(seed: int = 0) -> Agent:
+    rng = np.random.default_rng(seed)
+    sizes = (len(FEATURES), 8, 8, len(ACTIONS))
+    layers = [
+        (rng.normal(0, 0.3, (n, m)).astype(np.float32), rng.normal(0, 0.1, n).astype(np.float32))
+        for m, n in pairwise(sizes)
+    ]
+    return Agent(features=FEATURES, layers=layers, card={"training": {"seed": seed}})
+
+
+def test_an_agent_comes_back_from_its_files_as_it_was(tmp_path: Path) -> None:
+    agent = random_agent()
+    path = save_agent(agent, tmp_path / "v1.2" / "mine")
+    assert sorted(p.name for p in path.parent.iterdir()) == ["mine.json", "mine.safetensors"]
+    features = np.random.default_rng(1).normal(size=(3, 2, len(FEATURES))).astype(np.float32)
+    for name in ("mine", "mine.json", "mine.safetensors"):
+        loaded = load_agent(path.parent / name)
+        np.testing.assert_array_equal(loaded(features), agent(features))
+        assert loaded.card["training"] == {"seed": 0}
+        assert list(loaded.features) == list(FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"kind": "pickle"}, "kind must be"),
+        ({"features": {"luck": [0, 1]}}, "no features"),
+        ({"features": {"log_batch": [0, 1]}}, "must map 1 numbers"),
+        ({"network": {"sizes": [8, 8], "activation": "tanh"}}, "last layer must give 4"),
+        ({"actions": ["up"]}, "actions must be"),
+        ({"features": None}, "not an agent"),
+    ],
+)
+def test_a_card_that_does_not_fit_is_refused(
+    tmp_path: Path, edit: dict[str, Any], message: str
+) -> None:
+    path = save_agent(random_agent(), tmp_path / "a")
+    card = path.with_suffix(".json")
+    card.write_text(json.dumps(json.loads(card.read_text()) | edit))
+    with pytest.raises(ValueError, match=message):
+        load_agent(path)
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    path = save_agent(random_agent(), tmp_path / "a")
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"a\.safetensors: not an agent"):
+        load_agent(path)
+    with pytest.raises(OSError, match="missing"):
+        load_agent(tmp_path / "missing")
+
+
+def test_equal_seeds_train_equal_agents_and_the_table_takes_them(tmp_path: Path) -> None:
+    paths = [train(Args(out=str(tmp_path / name), **TINY)) for name in "ab"]
+    one, other = (path.read_bytes() for path in paths)
+    assert one == other
+    card = json.loads(paths[0].with_suffix(".json").read_text())
+    assert card["scores"]["split"] == "val"
+    assert card["training"]["seed"] == 0
+    result = evaluate(
+        [f"agent:path={paths[0]}", "balance"], split="val", seeds=(0, 1), command="test"
+    )
+    row = next(r for r in result.rows if r["policy"].startswith("agent"))
+    assert row["reward"] == pytest.approx(card["scores"]["reward"], rel=1e-9)
+    assert row["seeds"] == [0]
+    assert row["n_repaired"] == 0
+
+
+def test_a_run_resumes_and_never_loses_its_best(tmp_path: Path) -> None:
+    args = Args(out=str(tmp_path), **TINY)
+    best = json.loads(train(args).with_suffix(".json").read_text())["scores"]["reward"]
+    longer = Args(**{**vars(args), "n_windows": 256, "resume": True})
+    again = json.loads(train(longer).with_suffix(".json").read_text())["scores"]["reward"]
+    assert again >= best
+    last = json.loads((tmp_path / "last.json").read_text())
+    assert last["training"]["n_windows"] == 256
+
+
+def test_ctrl_c_leaves_a_valid_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: ValScore) -> bool:
+        if self.n_windows >= 64:
+            raise KeyboardInterrupt
+        return True
+
+    monkeypatch.setattr(ValScore, "_on_step", interrupt)
+    path = train(Args(out=str(tmp_path), **{**TINY, "n_windows": 10_000}))
+    assert isinstance(LayerAgent(str(path)), LayerAgent)
+    assert (tmp_path / "checkpoint").is_file()
+
+
+def test_training_is_tracked_offline(tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items() if k != "wandb"]
+    done = subprocess.run(
+        [sys.executable, "-m", "train.ppo", "--out", str(tmp_path), *options],
+        cwd=ROOT, env={**env, "WANDB_ERROR_REPORTING": "false", "HOME": str(tmp_path / "home")},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "balance 0." in done.stdout
+    run = read_run(tmp_path)
+    assert run.exit_code == 0
+    assert run.config["training"]["n_windows"] == 128
+    assert {"val/reward", "val/gain_over_balance", "train/loss"} <= set().union(*run.history)
+    assert "val/best" in run.summary
+
+
+def test_options_are_the_fields_of_the_arguments() -> None:
+    args = parse(["--n-windows", "10", "--gamma", "0.3", "--resume", "--trace", "x"])
+    assert args == Args(n_windows=10, gamma=0.3, resume=True, trace="x")
+
+
+def test_the_shipped_agent_scores_on_val_what_its_card_says() -> None:
+    rows = {r["policy"]: r for r in evaluate(["agent", "balance"], split="val", command="x").rows}
+    scores = LayerAgent().agent.card["scores"]
+    assert rows["agent"]["reward"] == pytest.approx(scores["reward"], abs=2e-3)
+    assert rows["balance"]["reward"] == pytest.approx(scores["reward_balance"], abs=2e-3)
+    assert scores["gain"] > 5 * scores["gain_standard_error_over_windows"]
