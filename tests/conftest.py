@@ -19,6 +19,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate", action="store_true", help="rewrite tests/golden/*.json")
 
 
+@pytest.fixture(autouse=True)
+def unset_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables take their own width, not that of the terminal behind the test runner's workers."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def shared_traces() -> Path:
     """Folder of the third-party recordings; skips where it is absent."""

@@ -43,7 +43,8 @@ OPTIONS = {
 BY_PROMPTS = ("prefill_topk", "context_aware")
 HBM_ROWS = ("all_hbm", "all_hbm_mixed")
 ALWAYS_THERE = ("all_far4", *HBM_ROWS)
-SCREENED = ("all_far", "all_far2", "all_far3", *ALWAYS_THERE)
+# a trained agent competes where it was trained, in results of its own
+SCREENED = ("agent", "all_far", "all_far2", "all_far3", *ALWAYS_THERE)
 
 Interval = tuple[float, float]
 
@@ -193,17 +194,18 @@ def _comparison(task: Task, *, has_intervals: bool) -> Compare:
     def compare(ours: Row, theirs: Row) -> Ratio:
         value, ci95 = _speed(ours) / _speed(theirs), None
         if has_intervals and not {ours["policy"], theirs["policy"]} & {*HBM_ROWS}:
-            ci95 = _paired(*(run(row["policy"], tuple(row["seeds"])) for row in (ours, theirs)))
+            runs = (run(row["policy"], tuple(row["seeds"])) for row in (ours, theirs))
+            ci95 = _paired(*runs, batch_size=task.batch_size)
         nats = (ours["delta_nll_nats"] or 0.0) - (theirs["delta_nll_nats"] or 0.0)
         return Ratio(value=value, ci95=ci95, nats=nats)
 
     return compare
 
 
-def _paired(ours: Measurement, theirs: Measurement) -> Interval:
+def _paired(ours: Measurement, theirs: Measurement, *, batch_size: int) -> Interval:
     """95 % interval of the ratio of tokens per second, both resampled alike."""
     reached = ours.tokens > 0
-    bootstrap = ConversationBootstrap(n_conversations=int(reached.sum()))
+    bootstrap = ConversationBootstrap(n_conversations=int(reached.sum()), block_size=batch_size)
     speeds = [bootstrap.ratios(m.tokens[reached], m.seconds[reached]) for m in (ours, theirs)]
     low, high = percentile_interval(np.divide(*speeds))
     return low, high
