@@ -128,5 +128,5 @@ is the winner's speed over the faster row with all experts in HBM, with that row
 over the budget, so that it is no alternative. *Why* takes the lead apart (`ndp-gym explain`, ms per
 token, parts below a fifth of the lead left out), the winner's numbers first. *Work* is the time of
 GPU and far device as it follows from where experts are served; fewer hits can mean less of it,
-where small batches are as fast far away. Brackets are 95 % intervals by blocks of conversations that
-decoded together, paired where two rows are compared."""
+where small batches are as fast far away. Brackets are 95 % intervals by blocks of conversations
+that decoded together, paired where two rows are compared."""
