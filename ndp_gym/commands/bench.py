@@ -43,7 +43,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _line(row: BenchRow) -> str:
-    text = f"{row.name}: {row.value:,.4g} {row.unit}"
+    text = f"{row.name}: {_number(row.value)} {row.unit}"
     if row.baseline is None:
         return text + (f" ({row.baseline_name})" if row.baseline_name else "")
-    return text + f" ({row.baseline_name}: {row.baseline:,.4g} {row.unit}, ratio {row.ratio:.3g})"
+    baseline = f"{row.baseline_name}: {_number(row.baseline)} {row.unit}"
+    return f"{text} ({baseline}, ratio {row.ratio:.3g})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
