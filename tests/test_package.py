@@ -20,12 +20,6 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_import_takes_less_than_a_second() -> None:
-    program = "import time; t = time.perf_counter(); import ndp_gym; print(time.perf_counter() - t)"
-    fastest = min(float(run_python("-c", program).stdout) for _ in range(3))
-    assert fastest < 1.0
-
-
 @pytest.mark.parametrize("module", ["ndp_gym", "ndp_gym.presets", "ndp_gym.cli"])
 def test_import_loads_no_heavy_package(module: str) -> None:
     program = f"import sys, {module}; print(*({HEAVY} & sys.modules.keys()))"
