@@ -1,0 +1,1 @@
+"""Published schedules that are no placements, studied on the cost functions of the library."""
