@@ -81,19 +81,14 @@ def far_widths(
     far_s = prices.far_factor * far_seconds(window.table, window.in_place, expected)
     gpu_var = (variance(items.gpu_s[ranking, rows], expected) * is_hot).sum(-1)
     hot_load = (expected.load * is_hot).sum(-1)
-    best = np.full(len(chosen), np.inf)
-    share, index = np.ones(len(chosen)), items.far_index.copy()
-    for candidate in FAR_SHARES if window.in_place else FAR_SHARES[:1]:
-        widths = (prices.second * candidate * far_s + window.lost).argmin(-1)
-        seconds = np.take_along_axis(far_s, widths[..., None], -1)[..., 0] * cold
-        loss = np.take_along_axis(window.lost, widths[..., None], -1)[..., 0] * cold
-        spread = gpu_var + variance(seconds, expected).sum(-1)
-        total = layer_seconds(window, at(options.gpu_s, chosen), seconds.sum(-1), spread, hot_load)
-        objective = prices.second * total + loss.sum(-1)
-        better = objective < best
-        best, share = np.where(better, objective, best), np.where(better, candidate, share)
-        index = np.where(better[:, None], widths, index)
-    return share, index
+    shares = np.array(FAR_SHARES if window.in_place else FAR_SHARES[:1])
+    widths = (prices.second * shares[:, None, None, None] * far_s + window.lost).argmin(-1)
+    experts = np.arange(cold.size).reshape(cold.shape) * far_s.shape[-1] + widths
+    seconds, loss = far_s.ravel()[experts] * cold, window.lost.ravel()[experts] * cold
+    spread = gpu_var + variance(seconds, expected).sum(-1)
+    total = layer_seconds(window, at(options.gpu_s, chosen), seconds.sum(-1), spread, hot_load)
+    best = (prices.second * total + loss.sum(-1)).argmin(0)  # [L]; the first of equals
+    return shares[best], widths[best, rows]
 
 
 def _hot(options: Fillings, chosen: IntArray) -> tuple[IntArray, NDArray[np.bool_]]:
