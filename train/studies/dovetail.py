@@ -250,12 +250,13 @@ part is as fast for k + 1 rows as for one, and drafting is not overlapped with v
 
 LLaMA2-13B: 10.14 times CPU-only decoding; 16 candidates instead of 60 raise the speed-up from
 1.67 to 2.06, since verification time is linear in them. The target is dense, the baseline has no
-GPU and candidates form a tree: nothing is comparable, none is reproduced. What carries over: compute on
-the far side grows with the rows, so that k has an optimum. What does not: a dense model reads the
-same weights for every row, while k + 1 rows of a Mixture-of-Experts touch more experts (*verify 5
-rows*, relative to 1). So a single request gains little. A larger batch, whose rows share experts
-anyway, gains more, up to *free rows*, the rows per expert at which the far device's compute takes
-as long as reading the weights. Narrow weights on a device that dequantises leave hardly any.
+GPU and candidates form a tree: nothing is comparable, none is reproduced. What carries over:
+compute on the far side grows with the rows, so that k has an optimum. What does not: a dense
+model reads the same weights for every row, while k + 1 rows of a Mixture-of-Experts touch more
+experts (*verify 5 rows*, relative to 1). So a single request gains little. A larger batch, whose
+rows share experts anyway, gains more, up to *free rows*, the rows per expert at which the far
+device's compute takes as long as reading the weights. Narrow weights on a device that dequantises
+leave hardly any.
 
 Columns: *draft step* and *verify 5 rows* in units of a step without a draft; *best k: x speed-up*.
 """

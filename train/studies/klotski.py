@@ -280,9 +280,9 @@ Mixtral-8x22B on H800, tokens per second: 1.149 without the pipeline, 34.07 with
 (x 29.7), 44.17 with hot experts prefetched (x 1.30), 52.85 with reordering (x 1.20), 53.1
 quantized. Batch, context and memory of these rows are not known here, and there is no such
 recording: none is reproduced. In kind they agree: sharing a copy among batches brings a factor of
-tens, the order some percent, and nothing once n is large. The n below are large because a decode step computes little
-per token, and a group of so many requests needs more KV cache than HBM has in most settings: the
-*x sequential there* column is what remains.
+tens, the order some percent, and nothing once n is large. The n below are large because
+a decode step computes little per token, and a group of so many requests needs more KV cache than
+HBM has in most settings: the *x sequential there* column is what remains.
 """
 
 
