@@ -14,6 +14,7 @@ POLICIES: dict[str, str] = {
     "all_hbm": "policies.all_hbm:AllHbm",
     "all_hbm_mixed": "policies.all_hbm_mixed:AllHbmMixed",
     "balance": "policies.balance:Balance",
+    "balance_feedback": "policies.balance_feedback:BalanceFeedback",
     "context_aware": "policies.context_aware:ContextAware",
     "ema": "policies.ema:Ema",
     "expertflow": "policies.expertflow:ExpertFlow",
