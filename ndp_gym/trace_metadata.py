@@ -14,6 +14,8 @@ SCHEMA_VERSION = 1
 ID_ORDERS = ("router_rank", "ascending", "unknown")
 PHASES_RECORDED = "recorded"
 PREFILL_ROWS = 128
+N_MISSING = "tokens_not_recorded"
+"""Key of ``extra``: tokens of the requests whose routing the source does not hold."""
 PHASES_ASSUMED = f"first {PREFILL_ROWS} tokens taken as prefill"
 
 

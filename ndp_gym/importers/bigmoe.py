@@ -153,6 +153,7 @@ def _place(
 
 def _requests(source: Source, tokens: Ints) -> list[Segment]:
     segments = []
+    next_step = 0
     for turn in np.unique(tokens[:, 0]):
         own = tokens[tokens[:, 0] == turn]
         if (np.diff(own[:, 2]) != 1).any():
@@ -162,6 +163,8 @@ def _requests(source: Source, tokens: Ints) -> list[Segment]:
                 n_rows=len(own),
                 n_prompt=int((own[:, 1] == 0).sum()),
                 context_offset=int(own[0, 2]),
+                n_missing=max(0, int(own[0, 2]) - next_step),
             )
         )
+        next_step = int(own[-1, 2]) + 1
     return segments

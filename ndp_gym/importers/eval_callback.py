@@ -6,6 +6,7 @@ tokens at the start that lack layers are dropped.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
         warnings.append("requests are not marked in this format: taken as one (--spans)")
     segments = cut_spans(len(ids), options.spans)
     if n_dropped:
-        segments[0] = type(segments[0])(n_rows=segments[0].n_rows, context_offset=n_dropped)
+        segments[0] = replace(segments[0], context_offset=n_dropped, n_missing=n_dropped)
     return Recording(
         expert_ids=ids,
         segments=segments,

@@ -57,6 +57,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
             Segment(
                 n_rows=kept,
                 context_offset=offset,
+                n_missing=offset,
                 conversation=index,
                 domain=str(meta.get("prompt", "unknown")),
             )
@@ -81,8 +82,8 @@ def _meta(source: Source) -> dict[str, Any]:
     meta = line.get("meta") if isinstance(line, dict) else None
     if not isinstance(meta, dict):
         raise source.fail("line 1 must hold an object under meta")
-    for key in ("layers", "top_k", "steps"):
-        whole_number(meta.get(key), 1, 2**24, f"{source.path}: meta.{key}")
+    for key, most in (("layers", 2**16), ("top_k", 32), ("steps", 2**24)):
+        whole_number(meta.get(key), 1, most, f"{source.path}: meta.{key}")
     return meta
 
 

@@ -11,7 +11,13 @@ import numpy.typing as npt
 from ndp_gym.importers.known import KnownSource, known_source
 from ndp_gym.importers.source import Source
 from ndp_gym.trace import RoutingTrace
-from ndp_gym.trace_metadata import PHASES_ASSUMED, PHASES_RECORDED, PREFILL_ROWS, TraceMetadata
+from ndp_gym.trace_metadata import (
+    N_MISSING,
+    PHASES_ASSUMED,
+    PHASES_RECORDED,
+    PREFILL_ROWS,
+    TraceMetadata,
+)
 from ndp_gym.trace_requests import Requests, assign_splits
 
 
@@ -44,13 +50,23 @@ class ImportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One request of a recording: ``n_rows`` consecutive rows; ``n_prompt`` None = not recorded."""
+    """One request of a recording: consecutive rows.
+
+    Attributes:
+        n_rows: Its rows.
+        n_prompt: Prefill rows; None = not recorded.
+        context_offset: Tokens before its first row, whatever became of their rows.
+        conversation: Requests of one conversation share text.
+        domain: What it is about.
+        n_missing: Its tokens whose routing the source does not hold, before and after its rows.
+    """
 
     n_rows: int
     n_prompt: int | None = None
     context_offset: int = 0
     conversation: int = 0
     domain: str = "unknown"
+    n_missing: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +136,7 @@ def build_trace(
         trace.verify()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    warnings += _missing_warning(recording)
     warnings += _content_warnings(trace, loops_cut=recording.loops_cut)
     return ImportResult(trace, format_name, tuple(warnings))
 
@@ -244,8 +261,27 @@ def _metadata(
         expert_bytes=recording.expert_bytes,
         layer_ids=recording.layer_ids,
         source_sha256={s.path.name.removesuffix(".gz"): s.sha256 for s in sources},
-        extra={**recording.extra, "split_seed": options.seed},
+        extra={**recording.extra, "split_seed": options.seed, **_missing_fact(recording)},
     )
+
+
+def _missing_fact(recording: Recording) -> dict[str, int]:
+    """The entry of ``extra`` that ``trace info`` shows; none where nothing is missing."""
+    n_missing = sum(segment.n_missing for segment in recording.segments)
+    return {N_MISSING: n_missing} if n_missing else {}
+
+
+def _missing_warning(recording: Recording) -> list[str]:
+    n_missing = sum(segment.n_missing for segment in recording.segments)
+    if not n_missing:
+        return []
+    n_tokens = n_missing + len(recording.expert_ids)
+    affected = sum(segment.n_missing > 0 for segment in recording.segments)
+    return [
+        f"{n_missing:,} of {n_tokens:,} tokens ({n_missing / n_tokens:.1%}, in {affected} of "
+        f"{len(recording.segments)} requests) have no recorded routing: not replayed; those before "
+        f"the first row of a request count as its context"
+    ]
 
 
 def _preset(name: str | None, recording: Recording) -> tuple[str, int] | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ndp_gym.importers.recording import ImportOptions, Recording, Segment
 from ndp_gym.importers.source import Source, whole_number
-from ndp_gym.importers.vllm import Ids, decoded, documents, recorded, routed_layers
+from ndp_gym.importers.vllm import Ids, decoded, documents, recorded, routed_layers, segment
 
 _MAX_TOKENS = 2**31
 
@@ -36,14 +36,8 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
             kept, missing = recorded(ids, name)
             n_layers = ids.shape[1]
             parts.append(kept)
-            segments.append(
-                Segment(
-                    n_rows=len(kept),
-                    n_prompt=min(max(0, n_prompt - offset - missing), len(kept)),
-                    context_offset=offset + missing,
-                    conversation=len(segments),
-                )
-            )
+            left = max(0, n_prompt - offset)
+            segments.append(segment(len(ids), kept, missing, left, offset, len(segments)))
     every = np.concatenate(parts)
     ids, layer_ids = routed_layers(every, sources[0])
     dense = every.shape[1] - len(layer_ids)

@@ -192,7 +192,13 @@ def _recording(source: Source, ids: Ids, table: Ids, requests: Sequence[_Request
     return Recording(
         expert_ids=logical,
         segments=[
-            Segment(n_rows=r.n_rows, n_prompt=r.n_prompt, context_offset=r.offset, conversation=i)
+            Segment(
+                n_rows=r.n_rows,
+                n_prompt=r.n_prompt,
+                context_offset=r.offset,
+                conversation=i,
+                n_missing=r.offset,  # prefix cache, or the recorder was started later
+            )
             for i, r in enumerate(requests)
         ],
         model="unknown",

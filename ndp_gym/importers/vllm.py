@@ -1,7 +1,17 @@
-"""vLLM ``routed_experts``: ``.npy`` arrays, or responses of the HTTP server (traces.md §3a).
+"""vLLM ``routed_experts``: arrays, saved request objects, HTTP responses (traces.md §3a).
 
-An array is ``[tokens, layers, K]``. Rows of -1 are positions that were not recorded (prefix cache),
-layers of zeros are dense. Ids only, no weights; E is not in the data.
+Three generations, told apart by what is there and never by the dtype:
+
+1. request objects (0.21): ``prompt_routed_experts`` [prompt, routed layers, K] beside one
+   ``routed_experts`` [generated, routed layers, K] per output, int16;
+2. one array [prompt + generated - 1, all layers, K] per choice, uint8 or uint16: dense layers are
+   zeros, the last sampled token was never forwarded;
+3. the same in int32, where a request may have left out the first rows
+   (``routed_experts_prompt_start``), and Dynamo's ``{data, shape, dtype, start}``.
+
+Arrays come as ``.npy``, as base64 of it, or as nested lists. A position that was not recorded
+(prefix cache) is a row of -1, or of 255 or 65535 where the type has no sign. Ids only, no weights;
+E is not in the data.
 """
 
 import base64
@@ -22,6 +32,7 @@ from ndp_gym.trace_file import parse_json
 _MAGIC = b"\x93NUMPY"
 _WORDS = (b'"routed_experts"', b'"prompt_routed_experts"')
 _MAX_CONTEXT = 2**31
+_NOT_RECORDED = (-1, 2**8 - 1, 2**16 - 1)  # -1 as int, uint8 and uint16
 
 Ids = npt.NDArray[np.int64]
 
@@ -52,15 +63,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
                         f"like the first one, got {kept.shape[1]}, top-{kept.shape[2]}"
                     )
                 parts.append(kept)
-                rest = None if n_prompt is None else min(max(0, n_prompt - missing), len(kept))
-                segments.append(
-                    Segment(
-                        n_rows=len(kept),
-                        n_prompt=rest,
-                        context_offset=offset + missing,
-                        conversation=conversation,
-                    )
-                )
+                segments.append(segment(len(ids), kept, missing, n_prompt, offset, conversation))
             conversation += 1
     ids, layer_ids = routed_layers(np.concatenate(parts), sources[0])
     warnings = []
@@ -74,6 +77,28 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
         id_order="unknown",
         layer_ids=layer_ids,
         warnings=warnings,
+    )
+
+
+def segment(
+    n_rows: int, kept: Ids, missing: int, n_prompt: int | None, offset: int, conversation: int
+) -> Segment:
+    """The request of the ``kept`` rows.
+
+    Args:
+        n_rows: Rows of the array, those that were not recorded too.
+        kept: What `recorded` left of it.
+        missing: Rows that were not recorded before the first one kept.
+        n_prompt: Prompt rows among ``n_rows``, where known.
+        offset: Tokens before the array.
+        conversation: Its conversation.
+    """
+    return Segment(
+        n_rows=len(kept),
+        n_prompt=None if n_prompt is None else min(max(0, n_prompt - missing), len(kept)),
+        context_offset=offset + missing,
+        conversation=conversation,
+        n_missing=offset + n_rows - len(kept),
     )
 
 
@@ -123,10 +148,7 @@ def _choices(document: dict[str, Any], name: str) -> list[Choice]:
     choices = document.get("choices", document.get("outputs", [document]))
     if not isinstance(choices, list) or not choices:
         raise ValueError(f"{name}: choices must be a non-empty list, got {choices!r:.80}")
-    usage = document.get("usage")
-    n_prompt = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    if n_prompt is not None:
-        n_prompt = whole_number(n_prompt, 0, _MAX_CONTEXT, f"{name}: usage.prompt_tokens")
+    n_prompt, n_forwarded = _usage(document, len(choices), name)
     start = document.get("routed_experts_prompt_start", 0)
     start = whole_number(start, 0, _MAX_CONTEXT, f"{name}: routed_experts_prompt_start")
     shared = document.get("prompt_routed_experts")
@@ -137,14 +159,31 @@ def _choices(document: dict[str, Any], name: str) -> list[Choice]:
         if not isinstance(choice, dict) or choice.get("routed_experts") is None:
             raise ValueError(f"{where} is missing")
         ids, own_start = _array(choice["routed_experts"], where)
-        first = own_start or start
-        rest = None if n_prompt is None else max(0, n_prompt - first)
         if prompt is not None:
             if prompt.shape[1:] != ids.shape[1:]:
                 raise ValueError(f"{where} must have the layers and K of prompt_routed_experts")
-            ids, rest = np.concatenate([prompt, ids]), len(prompt)
-        result.append((ids, rest, first))
+            result.append((np.concatenate([prompt, ids]), len(prompt), own_start or start))
+            continue
+        first = own_start or start
+        if not first and n_forwarded is not None:  # rows left out, and only the request says so
+            first = max(0, n_forwarded - len(ids))
+        result.append((ids, None if n_prompt is None else max(0, n_prompt - first), first))
     return result
+
+
+def _usage(document: dict[str, Any], n_choices: int, name: str) -> tuple[int | None, int | None]:
+    """Prompt tokens, and tokens that were forwarded (all but the last), where the usage says so."""
+    usage = document.get("usage")
+    found = []
+    for key in ("prompt_tokens", "completion_tokens"):
+        value = usage.get(key) if isinstance(usage, dict) else None
+        if value is not None:
+            value = whole_number(value, 0, _MAX_CONTEXT, f"{name}: usage.{key}")
+        found.append(value)
+    n_prompt, n_generated = found
+    if n_prompt is None or n_generated is None or n_choices > 1:  # of several, it is the sum
+        return n_prompt, None
+    return n_prompt, n_prompt + n_generated - 1
 
 
 def _array(value: object, name: str) -> tuple[Ids, int]:
@@ -205,15 +244,21 @@ def _from_bytes(
             f"{name} must hold {size} bytes for {list(shape)} {dtype}, got {len(data)}"
         )
     ids = np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if order == "F" else "C")
-    unsigned_missing = dtype.kind == "u" and (ids == np.iinfo(dtype).max)
     if int(ids.max()) > _MAX_CONTEXT:
         raise ValueError(f"{name} must hold ids below 2**31, got {ids.max()}")
-    return np.where(unsigned_missing, -1, ids.astype(np.int64))
+    return ids.astype(np.int64)
 
 
 def recorded(ids: Ids, name: str) -> tuple[Ids, int]:
-    """The rows that were recorded, and how many are missing before them."""
-    missing = (ids == -1).all(axis=(1, 2))
+    """The rows that were recorded, and how many are missing before them.
+
+    A row is missing where every layer that is not dense (zeros) repeats one mark K times.
+    """
+    missing = np.zeros(len(ids), dtype=np.bool_)
+    dense = (ids == 0).all(axis=2)
+    for mark in _NOT_RECORDED:
+        marked = (ids == mark).all(axis=2)
+        missing |= (marked | dense).all(axis=1) & marked.any(axis=1)
     if missing.all():
         raise ValueError(f"{name} holds no recorded row (all -1)")
     first = int(np.argmin(missing))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ndp_gym.commands import make_console
+from ndp_gym.trace_metadata import N_MISSING
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -32,6 +33,7 @@ def print_info(trace: "RoutingTrace", title: str) -> None:
         ("splits", "requests (conversations): " + ", ".join(splits)),
         ("domains", ", ".join(r.domains)),
         ("prefill", facts.phases),
+        ("not recorded", _not_recorded(trace)),
         ("order of ids", facts.id_order),
         ("gate weights", "none" if trace.gate_weights is None else "float16"),
         ("expert bytes", "unknown" if sizes is None else f"{min(sizes):,}..{max(sizes):,}"),
@@ -40,6 +42,15 @@ def print_info(trace: "RoutingTrace", title: str) -> None:
         ("recorder", facts.recorder),
     ]
     print_table(title, ("fact", "value"), rows)
+
+
+def _not_recorded(trace: "RoutingTrace") -> str:
+    """Tokens of the requests without routing in the source, and their share."""
+    n_missing = trace.metadata.extra.get(N_MISSING, 0)
+    if type(n_missing) is not int or n_missing < 1:
+        return "none known"
+    share = n_missing / (n_missing + trace.n_rows)
+    return f"{n_missing:,} tokens ({share:.1%} of all): not replayed, context at most"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Rows) -> None:
