@@ -1,5 +1,7 @@
 """Text that repeats itself under greedy decoding, found by its routing (traces.md §2.1)."""
 
+from itertools import product
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,14 +17,18 @@ def looped_rows(expert_ids: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
     """
     n, n_layers, top_k = expert_ids.shape
     looped = np.zeros(n, dtype=np.bool_)
-    n_experts = int(expert_ids.max()) + 1
-    hot = np.zeros((n, n_layers, n_experts), dtype=np.float32)
-    np.put_along_axis(hot, expert_ids.astype(np.int64), 1.0, axis=2)
-    rows = hot.reshape(n, -1)
+    if n < _LAGS[0] + _TRAIL:
+        return looped
+    ranks = np.ascontiguousarray(expert_ids.transpose(2, 0, 1))  # [K, n, L]
+    if int(ranks.min()) >= 0 and int(ranks.max()) < 2**16:
+        ranks = ranks.astype(np.uint16)  # a quarter of the time
     for lag in _LAGS:
         if n - lag < _TRAIL:
             break
-        overlap = np.einsum("ij,ij->i", rows[lag:], rows[:-lag]) / (n_layers * top_k)
+        same = np.zeros((n - lag, n_layers), dtype=np.uint16)
+        for one, other in product(ranks, ranks):  # memory of one comparison, whatever the ids
+            same += one[lag:] == other[:-lag]
+        overlap = same.sum(axis=1) / (n_layers * top_k)
         trailing = np.convolve(overlap, np.full(_TRAIL, 1 / _TRAIL), mode="valid")
         looped[np.flatnonzero(trailing > _SAME) + lag + _TRAIL - 1] = True
     return looped
