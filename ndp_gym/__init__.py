@@ -1,7 +1,7 @@
 """NDP gym: where do the experts live, and at how many bits.
 
-Importing this package registers ``NDPPlacement-v0`` with Gymnasium. Everything else is loaded when
-it is first used, so that the import stays fast and needs neither numba nor torch.
+Importing this package registers the environments of `ENV_IDS` with Gymnasium. Everything else is
+loaded when it is first used, so that the import stays fast and needs neither numba nor torch.
 """
 
 from importlib import import_module
@@ -23,6 +23,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "ENV_ID",
+    "ENV_IDS",
     "CacheStats",
     "GpuSpec",
     "MoESpec",
@@ -41,6 +42,13 @@ __all__ = [
 ]
 
 ENV_ID = "NDPPlacement-v0"
+ENV_IDS: dict[str, dict[str, str]] = {
+    ENV_ID: {},
+    "NDPPlacementRand-v0": {"conditions": "rand"},
+    "NDPPlacementHidden-v0": {"conditions": "hidden"},
+    "NDPPlacementDrift-v0": {"conditions": "drift"},
+}
+"""Registered environments and the arguments in which they differ."""
 
 _HOMES = {  # what this package re-exports -> the module that defines it
     "CacheStats": "replay",
@@ -74,9 +82,11 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if ENV_ID not in gymnasium.registry:
-    gymnasium.register(
-        ENV_ID,
-        entry_point="ndp_gym.env:NDPPlacementEnv",
-        vector_entry_point="ndp_gym.vector:NDPPlacementVectorEnv",
-    )
+for env_id, kwargs in ENV_IDS.items():
+    if env_id not in gymnasium.registry:
+        gymnasium.register(
+            env_id,
+            entry_point="ndp_gym.env:NDPPlacementEnv",
+            vector_entry_point="ndp_gym.vector:NDPPlacementVectorEnv",
+            kwargs=kwargs,
+        )

@@ -88,12 +88,16 @@ class Simulator:
 
     def reset(self, lane: int, system: SystemSpec) -> None:
         """Empty one lane's HBM and put it on ``system``, the actual one."""
-        if system is not self.costs[lane].system:
-            self.costs[lane] = costs(self.model, system, self.quality)
+        self.put_system(lane, system)
         for array in self.state:
             array[lane] = 0
         self.state.made[lane] = system.stored_bits[0]
         self.state.scalars[lane, 3] = 1
+
+    def put_system(self, lane: int, system: SystemSpec) -> None:
+        """Let ``system``, of the same stored widths, run one lane from now on; its state stays."""
+        if system is not self.costs[lane].system:
+            self.costs[lane] = costs(self.model, system, self.quality)
 
     def advance(
         self,
@@ -122,31 +126,33 @@ class Simulator:
         )
         n_widths = self.costs[0].prices.table.bits.size
         outputs = empty_outputs(self.n_lanes, self.shape, length, n_widths)
-        for first, last in _same(self.costs):
-            self._run(first, last, windows, plans, outputs)
+        self._run(windows, plans, outputs)
         summaries = [cost.summary for cost in self.costs]
         return outcome_of(outputs, self.model, summaries, self.quality)
 
-    def _run(self, first: int, last: int, windows: Windows, plans: Plans, outputs: Outputs) -> None:
-        """Lanes first..last-1, which share their costs, on as many threads as pay."""
+    def _run(self, windows: Windows, plans: Plans, outputs: Outputs) -> None:
+        """All lanes, on as many threads as pay."""
         from ndp_gym.kernel import run_lanes
 
-        prices = self.costs[first].prices
-        chunks = max(1, min(_n_threads(), (last - first) // _LANES_PER_THREAD))
-
+        n_lanes = self.n_lanes
+        chunks = max(1, min(_n_threads(), n_lanes // _LANES_PER_THREAD))
         scratch = self._scratch(chunks, outputs.replay.step_s.shape[1], windows)
+        state, no_state = self.state, self._no_state
 
         def run(lo: int, hi: int, counts: Counts) -> None:
-            run_lanes(lo, hi, windows, plans, prices, self.state, self._no_state, counts, *outputs)
+            for first, last in _same(self.costs, lo, hi):
+                prices = self.costs[first].prices
+                run_lanes(first, last, windows, plans, prices, state, no_state, counts, *outputs)
 
         # nothing compiled or loaded yet in this process (a wrapper that measures has no signatures)
         if not getattr(run_lanes, "signatures", True):
             with _said_if_slow():
-                run(first, first, scratch[0])
+                prices = self.costs[0].prices
+                run_lanes(0, 0, windows, plans, prices, state, no_state, scratch[0], *outputs)
         if chunks == 1:
-            run(first, last, scratch[0])
+            run(0, n_lanes, scratch[0])
         else:
-            edges = [first + (last - first) * i // chunks for i in range(chunks + 1)]
+            edges = [n_lanes * i // chunks for i in range(chunks + 1)]
             list(_threads().map(run, edges[:-1], edges[1:], scratch))
 
     def _scratch(self, n: int, n_steps: int, windows: Windows) -> list[Counts]:
@@ -233,10 +239,9 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_n_threads(), thread_name_prefix="ndp_gym")
 
 
-def _same(items: Sequence[Costs]) -> Iterable[tuple[int, int]]:
-    """Runs (first, last) of neighbours that are the same object."""
-    first = 0
-    for i in range(1, len(items) + 1):
-        if i == len(items) or items[i] is not items[first]:
+def _same(items: Sequence[Costs], first: int, last: int) -> Iterable[tuple[int, int]]:
+    """Runs (first, last) of neighbours between two lanes that are the same object."""
+    for i in range(first + 1, last + 1):
+        if i == last or items[i] is not items[first]:
             yield first, i
             first = i

@@ -8,6 +8,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from ndp_gym.batch import costs
 from ndp_gym.cost import CostTable
 from ndp_gym.lanes import Lanes
 from ndp_gym.memory import LAYER_NAMES
@@ -20,8 +21,8 @@ _MARGIN = 1.01
 def observation_space(lanes: Lanes, max_windows: int) -> spaces.Dict:
     """The space of `Lanes.observe` without its lane axis, flat, for episodes of ``max_windows``.
 
-    Bounds are reached by what the simulator could do in principle, not by what is likely. They
-    hold where the nominal system is the actual one.
+    Bounds are reached by what the simulator could do in principle, not by what is likely, under
+    every condition that the lanes have been made for.
     """
     n_layers = lanes.shape[0]
     layer = np.array([_layer_bounds(lanes)[name] for name in LAYER_NAMES])
@@ -54,7 +55,8 @@ def _box(high: NDArray[np.float64]) -> spaces.Box:
 
 def _layer_bounds(lanes: Lanes) -> dict[str, float]:
     """Most seconds of one layer in one decode step, by cause; the share of hits is at most 1."""
-    table = lanes.simulator.costs[0].prices.table
+    slowest = lanes.drawn_from.slowest(lanes.base)
+    table = costs(lanes.model, slowest, lanes.simulator.quality).prices.table
     model, n_tokens = lanes.model, lanes.batch_size
     n_active = min(model.n_experts, n_tokens * model.top_k)
     gpu_s = _gpu_bound_s(table, n_active, n_tokens * model.top_k)
@@ -84,7 +86,8 @@ def _gpu_bound_s(table: CostTable, n_active: int, n_pairs: int) -> float:
 
 def _context_bounds(lanes: Lanes, max_windows: int) -> dict[str, float]:
     """Largest values of the context vector; budgets are bounded by HBM itself."""
-    model, gpu, far, link = lanes.model, lanes.system.gpu, lanes.system.far, lanes.system.link
+    model, widest = lanes.model, lanes.widest
+    gpu, far, link = widest.system.gpu, widest.system.far, widest.system.link
     requests = lanes.trace.requests
     return {
         "hbm_budget_bytes": gpu.memory_bytes,
@@ -97,10 +100,12 @@ def _context_bounds(lanes: Lanes, max_windows: int) -> dict[str, float]:
         "far_flops_per_s": far.flops_per_s,
         "link_bytes_per_s": link.bandwidth_bytes_per_s,
         "link_latency_s": link.latency_s,
-        "quality_weight": lanes.quality_weight,
+        "quality_weight": widest.quality_weight,
         "n_live": lanes.batch_size,
         "n_admitted": lanes.batch_size,
-        "mean_context": float((requests.context_offset + requests.length).max()),
+        "mean_context": float(
+            (requests.context_offset + requests.length).max() + widest.extra_context
+        ),
         "tokens_generated": max_windows * lanes.window * lanes.batch_size,
         "in_flight_bytes": gpu.memory_bytes,
     }

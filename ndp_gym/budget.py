@@ -37,14 +37,21 @@ def fixed_budget_bytes(hbm_budget: HbmBudget, model: MoESpec) -> int | None:
 
 
 def check_fits(
-    trace: RoutingTrace, model: MoESpec, system: SystemSpec, hbm_budget: HbmBudget, batch_size: int
+    trace: RoutingTrace,
+    model: MoESpec,
+    system: SystemSpec,
+    hbm_budget: HbmBudget,
+    batch_size: int,
+    extra_context: int = 0,
 ) -> None:
     """Raise ``ValueError`` where replicas, or KV at its largest beside the budget, do not fit.
 
-    The largest KV is that of the ``batch_size`` longest recorded requests at their last token.
+    The largest KV is that of the ``batch_size`` longest recorded requests at their last token,
+    each with ``extra_context`` more tokens before its own.
     """
     check_capacity(model, system)
     lengths = np.sort(trace.requests.context_offset + trace.requests.length)[-batch_size:]
+    lengths = lengths + extra_context
     left = auto_budget_bytes(model, system, lengths, 0)
     fixed = fixed_budget_bytes(hbm_budget, model)
     if fixed is not None and fixed > left:

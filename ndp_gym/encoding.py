@@ -14,10 +14,11 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from ndp_gym.condition import Condition
 from ndp_gym.forecast import Blend, Forecaster
 from ndp_gym.lanes import Lanes
 from ndp_gym.plan import FAR, HBM, Plan
-from ndp_gym.planners import Copies, Guess, Knobs, balance, facts_of
+from ndp_gym.planners import Copies, Facts, Guess, Knobs, balance, facts_of
 from ndp_gym.policy import Observation, budget_bytes, context_entry
 
 LEVELS = ("fill", "hbm_width", "far_width", "keep")
@@ -49,8 +50,8 @@ class Encoding(Protocol):
     def space(self) -> spaces.Space[Any]:
         """The action space of one lane."""
 
-    def reset(self, lane: int) -> None:
-        """Forget the last episode of one lane."""
+    def reset(self, lane: int, lanes: Lanes) -> None:
+        """Forget the last episode of one lane, whose next one has begun."""
 
     def decode(self, actions: NDArray[Any], lanes: Lanes) -> Decoded:
         """The plans behind ``actions`` [N, ...] in the lanes' present state.
@@ -78,7 +79,7 @@ class Scores:
         self._n_experts = lanes.shape[0] * lanes.shape[1]
         self.space = spaces.Box(-1.0, 1.0, (self._n_experts + len(LEVELS),), np.float32)
 
-    def reset(self, lane: int) -> None:
+    def reset(self, lane: int, lanes: Lanes) -> None:
         """Nothing is remembered."""
 
     def decode(self, actions: NDArray[Any], lanes: Lanes) -> Decoded:
@@ -112,7 +113,7 @@ class Menu:
         n_experts = lanes.shape[0] * lanes.shape[1]
         self.space = spaces.MultiDiscrete(np.full(n_experts, len(self.pairs)))
 
-    def reset(self, lane: int) -> None:
+    def reset(self, lane: int, lanes: Lanes) -> None:
         """Nothing is remembered."""
 
     def decode(self, actions: NDArray[Any], lanes: Lanes) -> Decoded:
@@ -138,18 +139,20 @@ class KnobSettings:
     """
 
     def __init__(self, lanes: Lanes) -> None:
-        """The planner for the lanes' nominal system."""
-        quality = lanes.simulator.quality
-        self._facts = facts_of(
-            lanes.model, lanes.system, quality, lanes.quality_weight, lanes.window
-        )
+        """The planner for the nominal system of each lane."""
+        self._told = [lanes.base] * lanes.n_lanes
+        self._facts = [_facts(lanes.base, lanes)] * lanes.n_lanes
         self._top_k = lanes.model.top_k
         self._forecasters = [self._forecaster() for _ in range(lanes.n_lanes)]
         self._guesses: list[Guess | None] = [None] * lanes.n_lanes
         self.space = spaces.Box(-1.0, 1.0, (len(KNOBS) + 1,), np.float32)
 
-    def reset(self, lane: int) -> None:
-        """Forget past routing."""
+    def reset(self, lane: int, lanes: Lanes) -> None:
+        """Forget past routing, and read the facts that policies are told."""
+        told, last = lanes.conditions[lane], self._told[lane]
+        if told.system is not last.system or told.quality_weight != last.quality_weight:
+            self._facts[lane] = _facts(told, lanes)
+        self._told[lane] = told
         self._forecasters[lane] = self._forecaster()
         self._guesses[lane] = None
 
@@ -178,7 +181,7 @@ class KnobSettings:
             self._guesses[lane] = None  # other requests: search the prices afresh
         self._forecasters[lane].blend = blend
         plan, self._guesses[lane] = balance(
-            self._facts,
+            self._facts[lane],
             self._forecasters[lane](observation),
             _copies(lanes, lane),
             budget_bytes(observation),
@@ -189,6 +192,11 @@ class KnobSettings:
 
     def _forecaster(self) -> Forecaster:
         return Forecaster(Blend(), self._top_k)
+
+
+def _facts(told: Condition, lanes: Lanes) -> Facts:
+    quality = lanes.simulator.quality
+    return facts_of(lanes.model, told.system, quality, told.quality_weight, lanes.window)
 
 
 ENCODINGS: dict[str, type[Scores] | type[Menu] | type[KnobSettings]] = {

@@ -11,6 +11,7 @@ from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 
 from ndp_gym.budget import HbmBudget
+from ndp_gym.conditions import Conditions
 from ndp_gym.episodes import Episodes
 from ndp_gym.inputs import ModelLike, SystemLike, TraceLike
 from ndp_gym.render import placement_text
@@ -34,6 +35,10 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
     parallel, and a layer takes as long as the slower one. Copies into HBM use the link time that is
     left over, and an expert serves from HBM only once its last byte arrived. Fewer bits are faster
     and worse. What is hot changes with the requests.
+
+    What an episode runs under may be drawn anew every time: how many requests at once, how much
+    HBM, which machine, which requests first; and the machine that runs may be slower than the one
+    the agent is told about, from the start or for a while (see `conditions` under Arguments).
 
     Everything comes from a recording and a cost model, so equal seeds and actions give equal
     episodes, `info` included.
@@ -98,7 +103,8 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
 
     HBM is empty; the requests of the split are permuted by the environment's generator and the first
     `batch_size` are prefilled. `reset(options={"requests": [...]})` runs the given rows of the
-    request table in the given order instead.
+    request table in the given order instead. `info["condition"]` has what was drawn and may be
+    known, `info["hidden"]` what the agent is not told, for analysis.
     A recording with fewer than 16 conversations has no train and val split: give `split="test"`.
 
     ## Episode End
@@ -130,10 +136,23 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
     | `max_windows` | `64` | windows per episode; `None`: until the requests have ended |
     | `action` | `"scores"` | encoding: `"scores"`, `"placement"`, `"knobs"` |
     | `quality_weight` | `"balanced"` | price of quality: a name or a number in 1/nat |
+    | `conditions` | `None` | what every episode draws: `"fix"` (or `None`: nothing), `"rand"`, `"hidden"`, `"drift"` |
     | `render_mode` | `None` | `"ansi"`: `render()` returns the placement as text |
 
     All arguments may be plain JSON, so that `env.spec.to_json()` names the environment exactly;
-    recordings and specs may also be given as objects.
+    recordings, specs and `ndp_gym.conditions.Conditions` may also be given as objects.
+
+    What a preset of `conditions` draws takes the place of the argument:
+
+    | conditions | id | every episode draws |
+    |---|---|---|
+    | `"fix"` | `NDPPlacement-v0` | the order of its requests |
+    | `"rand"` | `NDPPlacementRand-v0` | batch size 1, 2, 4, 8 or 16; a share of .03 to .2 as HBM budget; link .48 to 2 and far device .49 to 1.95 times as fast; up to 4096 tokens before every request; quality weight 1, 4 or 16; which domains come first |
+    | `"hidden"` | `NDPPlacementHidden-v0` | the same, and GPU, far device and link run at .4 to 1 of the speed that the agent is told |
+    | `"drift"` | `NDPPlacementDrift-v0` | as `"rand"`; then, each with a chance of one half and for 16 to 48 windows: GPU or far device throttled, the link or HBM shared; and requests that come domain by domain |
+
+    The agent is told speeds, budget and batch size, HBM taken by a co-tenant included. Of slower
+    devices it learns from `layer` alone; `T_ref` is that of the machine that runs.
 
     ## Vectorized environment
 
@@ -165,6 +184,7 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
         max_windows: int | None = 64,
         action: str = "scores",
         quality_weight: str | float = "balanced",
+        conditions: str | Conditions | None = None,
         render_mode: str | None = None,
     ) -> None:
         """Open the recording and size the spaces; see the class for the arguments.
@@ -188,6 +208,7 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
             max_windows=max_windows,
             action=action,
             quality_weight=quality_weight,
+            conditions=conditions,
         )
         self.observation_space = self.episodes.observation_space
         self.action_space = self.episodes.encoding.space

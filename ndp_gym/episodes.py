@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from ndp_gym.bounds import observation_space
 from ndp_gym.budget import HbmBudget
+from ndp_gym.conditions import Conditions, find_conditions
 from ndp_gym.encoding import encoding_of
 from ndp_gym.inputs import ModelLike, SystemLike, TraceLike, find_model, find_system, open_trace
 from ndp_gym.lanes import Lanes, Observations
@@ -82,12 +84,15 @@ class Episodes:
         max_windows: int | None,
         action: str,
         quality_weight: str | float,
+        conditions: str | Conditions | None,
     ) -> None:
         """Open the recording and size everything; every lane then waits for `reset`."""
         if max_windows is not None:
             check_count("max_windows", max_windows)
         opened = open_trace(trace)
-        self._shares = _share_range(hbm_budget)
+        drawn_from, shares = find_conditions(conditions), _share_range(hbm_budget)
+        if shares and drawn_from.hbm_budget is None:
+            drawn_from = replace(drawn_from, hbm_budget=shares)
         self.lanes = Lanes(
             opened,
             find_model(model, opened),
@@ -95,16 +100,16 @@ class Episodes:
             n_lanes=n_lanes,
             batch_size=batch_size,
             window=window,
-            hbm_budget=self._shares[1] if self._shares else hbm_budget,  # type: ignore[arg-type]
+            hbm_budget=shares[1] if shares else hbm_budget,  # type: ignore[arg-type]
             scheduling=scheduling,
             quality_weight=weight_of(quality_weight),
+            conditions=drawn_from,
         )
         if max_windows is None:  # what the whole recording takes, one request after the other
             max_windows = int((-(-opened.requests.n_decode // window)).sum())
         self.max_windows = max_windows
         self.encoding = encoding_of(action, self.lanes)
         self.observation_space = observation_space(self.lanes, max_windows)
-        self.n_windows = np.zeros(n_lanes, np.int64)
         self._requests = opened.split_requests(split)
 
     def reset(
@@ -117,20 +122,27 @@ class Episodes:
         Raises:
             ValueError: options are unknown or name requests that cannot run.
         """
-        given = self._given_requests(options)
-        order = rng.permutation(self._requests) if given is None else given
-        budget = None
-        if self._shares:
-            low, high = self._shares
-            budget = low * (high / low) ** rng.random()
-        self.lanes.reset(lane, order, hbm_budget=budget)
-        self.encoding.reset(lane)
-        self.n_windows[lane] = 0
+        lanes = self.lanes
+        given, drawn_from = self._given_requests(options), lanes.drawn_from
+        if given is None:
+            domain = lanes.trace.requests.domain
+            order, condition = drawn_from.draw_episode(rng, lanes.base, self._requests, domain)
+        else:
+            order, condition = given, drawn_from.draw(rng, lanes.base)
+        lanes.reset(lane, order, condition)
+        self.encoding.reset(lane, lanes)
         return {
             "n_requests": len(order),
-            "hbm_budget_bytes": int(self.lanes.budgets()[lane]),
-            "gates": self.lanes.gates,
+            "hbm_budget_bytes": int(lanes.budgets()[lane]),
+            "gates": lanes.gates,
+            "condition": condition.told(),
+            "hidden": condition.hidden(),
         }
+
+    @property
+    def n_windows(self) -> NDArray[np.int64]:
+        """[N] windows of each episode so far."""
+        return self.lanes.n_windows
 
     def observe(self) -> Observations:
         """What policies see now, each array flattened to [N, n]; fresh arrays."""
@@ -146,14 +158,13 @@ class Episodes:
         admissions = _admissions(lanes)
         tier, bits, order = self.encoding.decode(actions, lanes)
         outcome = lanes.advance(tier, bits, order)
-        self.n_windows += 1
         if idle is None:
             terms = reward_terms(outcome)
-            rewards = reward(terms, lanes.quality_weight)
+            rewards = reward(terms, lanes.quality_weights)
         else:
             with np.errstate(divide="ignore", invalid="ignore"):
                 terms = reward_terms(outcome)
-                rewards = np.where(idle, 0.0, reward(terms, lanes.quality_weight))
+                rewards = np.where(idle, 0.0, reward(terms, lanes.quality_weights))
         infos = _infos(outcome, terms, admissions)
         return Stepped(rewards, lanes.is_done | (self.n_windows >= self.max_windows), infos)
 

@@ -6,6 +6,7 @@ cost would exceed the kernel's. Experts are addressed by code ``x = layer * n_ex
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 # planes of `observe`'s result [6, N, X], the keys of the observation in this order
@@ -103,10 +104,11 @@ def advance_slots(window, request, row, left, context, n_live, generated):  # ty
 
 
 @njit(cache=True, nogil=True)
-def admit_slots(request, row, left, context, queue, columns):  # type: ignore[no-untyped-def]
+def admit_slots(request, row, left, context, queue, extra_context, columns):  # type: ignore[no-untyped-def]
     """Put the requests at the head of ``queue`` into the idle slots [B] of one lane.
 
-    ``columns`` (start, n_prompt, length, context_offset) are those of the request table.
+    ``extra_context`` tokens come before each. ``columns`` (start, n_prompt, length, context_offset)
+    are those of the request table.
 
     Returns:
         How many; the slots are filled in order.
@@ -121,7 +123,7 @@ def admit_slots(request, row, left, context, queue, columns):  # type: ignore[no
             request[slot] = index
             row[slot] = start[index] + n_prompt[index]
             left[slot] = length[index] - n_prompt[index]
-            context[slot] = context_offset[index] + n_prompt[index]
+            context[slot] = extra_context + context_offset[index] + n_prompt[index]
             n += 1
     return n
 
@@ -136,13 +138,20 @@ def add_prompts(slot_load, request, total):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def prefill_seconds(table, hbm, n_layers):  # type: ignore[no-untyped-def]
-    """Seconds of a prompt: the sum of ``table`` [E + 1] at each layer's experts in HBM."""
+def prefill_seconds(outside_s, link_s, gpu_s, far_s, hbm, n_layers):  # type: ignore[no-untyped-def]
+    """Seconds of a prompt by `PrefillParts` and the experts [L * E] in HBM.
+
+    Per layer, the fastest split of the absent experts between link and far device.
+    """
     n_experts = hbm.size // n_layers
     seconds = 0.0
     for i in range(n_layers):
         n_resident = 0
         for e in range(n_experts):
             n_resident += hbm[i * n_experts + e] != 0
-        seconds += table[n_resident]
+        fastest = np.inf
+        for on_gpu in range(n_resident, n_experts + 1):
+            busy = max(link_s[on_gpu - n_resident], gpu_s[on_gpu])
+            fastest = min(fastest, max(busy, far_s[n_experts - on_gpu]))
+        seconds += outside_s + fastest
     return seconds

@@ -9,6 +9,7 @@ observation holds facts of the past and the *nominal* system only; the *actual* 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 
 from ndp_gym.batch import Simulator
 from ndp_gym.budget import HbmBudget, auto_budgets_bytes, check_fits, fixed_budget_bytes
-from ndp_gym.cost import prefill_table_s
+from ndp_gym.condition import Condition
+from ndp_gym.conditions import Conditions
+from ndp_gym.cost import PrefillParts, prefill_parts
 from ndp_gym.memory import Memory, PromptCounts, gate_profile
 from ndp_gym.outcome import Outcome
 from ndp_gym.packing import window_arrays
@@ -29,6 +32,7 @@ from ndp_gym.trace import RoutingTrace
 
 __all__ = ["CONTEXT_NAMES", "Lanes", "Observations", "check_agreement", "toward_zero"]
 
+_NEVER = np.iinfo(np.int64).max
 _VARIABLE = CONTEXT_NAMES.index("n_live")  # from this entry on they change with the window
 
 if TYPE_CHECKING:
@@ -45,15 +49,21 @@ class Lanes:
         model: sizes and structure.
         system: nominal system, the one policies are told.
         n_lanes: episodes N.
-        batch_size: slots B of each.
+        batch_size: slots of each.
         window: decode steps W per plan.
         hbm_budget: bytes (int), share of all routed-expert bytes at 16 bit (float in (0, 1]), or
             ``"auto"``.
         scheduling: ``"continuous"`` or ``"static"`` batching.
         quality: error model.
         quality_weight: 1 / nat; only shown to policies here.
+        conditions: what episodes will be drawn from, so that there is room for all of them.
 
     Attributes:
+        base: the `Condition` that the arguments describe, which episodes have by default.
+        conditions: [N] what each lane runs under.
+        batch_size: slots B that every lane has room for.
+        quality_weights: [N] 1 / nat.
+        actual: [N] the system that runs each lane in the coming window.
         admitted: [N, B] slots whose request was admitted since the last window.
         waited_s: [N, B] seconds of prefills up to and including that request's own, 0 elsewhere.
         has_admitted: whether any lane has such a slot.
@@ -79,15 +89,24 @@ class Lanes:
         scheduling: Scheduling = "continuous",
         quality: QualityModel | None = None,
         quality_weight: float = 4.0,
+        conditions: Conditions | None = None,
     ) -> None:
         """Check that everything fits; every lane then waits for `reset`."""
         for name, value in (("n_lanes", n_lanes), ("batch_size", batch_size), ("window", window)):
             check_count(name, value)
         check_agreement(trace, model)
-        check_fits(trace, model, system, hbm_budget, batch_size)
+        self.base = Condition(
+            system=system,
+            batch_size=batch_size,
+            hbm_budget=hbm_budget,
+            quality_weight=quality_weight,
+        )
+        self.drawn_from = conditions or Conditions()
+        self.widest = widest = self.drawn_from.widest(self.base)
+        batch_size = widest.batch_size
+        check_fits(trace, model, system, widest.hbm_budget, batch_size, widest.extra_context)
         self.trace, self.model, self.system = trace, model, system
         self.n_lanes, self.batch_size, self.window = n_lanes, batch_size, window
-        self.quality_weight = quality_weight
         self.shape = (model.n_layers, model.n_experts)
         self.simulator = Simulator(model, system, quality or QualityModel(), n_lanes=n_lanes)
         self.schedule = Schedule(
@@ -98,11 +117,16 @@ class Lanes:
             scheduling=scheduling,
         )
         profile, self.gates = gate_profile(trace, model)
-        self._default_budget = hbm_budget
+        self.conditions = [self.base] * n_lanes
+        self.quality_weights = np.full(n_lanes, quality_weight)
+        self._whole_budgets = np.zeros(n_lanes, np.int64)
         self._budgets = np.zeros(n_lanes, np.int64)
+        self._budget_factors = np.ones(n_lanes)
         self._is_auto = np.zeros(n_lanes, np.bool_)
         self._has_auto = False
         self.actual = [system] * n_lanes
+        self.n_windows = np.zeros(n_lanes, np.int64)
+        self._next_change = np.full(n_lanes, _NEVER)
         self.admitted = np.zeros((n_lanes, batch_size), np.bool_)
         self.waited_s = np.zeros((n_lanes, batch_size))
         self.has_admitted = False
@@ -110,8 +134,7 @@ class Lanes:
         self.last_slots = self.schedule.request.copy(), np.zeros((n_lanes, batch_size), np.int64)
         self._memory = Memory(n_lanes, batch_size, self.shape)
         self._prompts = PromptCounts(trace, profile)
-        self._prefill_tables: dict[SystemSpec, dict[int, NDArray[np.float64]]] = {system: {}}
-        self._tables = [self._prefill_tables[system]] * n_lanes
+        self._n_prompt = trace.requests.n_prompt
         self._loops = import_module("ndp_gym.lane_loops")  # numba comes with it
         self._services = (system.default_service,) * n_lanes
         self._recording = window_arrays(
@@ -119,31 +142,39 @@ class Lanes:
         )
         self._bytes_of = np.zeros(17, np.int64)
         self._bytes_of[list(system.stored_bits)] = self.simulator.costs[0].prices.table.weight_bytes
-        self._facts = self._nominal_facts()
+        self._facts = np.tile(self._nominal_facts(self.base), (n_lanes, 1))
 
     def reset(
         self,
         lane: int,
         order: NDArray[np.int64],
-        actual: SystemSpec | None = None,
-        hbm_budget: HbmBudget | None = None,
+        condition: Condition | None = None,
     ) -> None:
         """Start an episode on one lane: empty HBM, the requests ``order`` in line.
 
-        ``actual`` is the system that really runs (the nominal one if ``None``); ``hbm_budget``
-        replaces, for this episode, the one given at construction, and is not checked against KV.
+        ``condition`` is `base` if ``None``; its budget is not checked against KV.
+
+        Raises:
+            ValueError: the condition has more slots or other stored widths than there is room for.
         """
-        self.actual[lane] = actual or self.system
-        self._tables[lane] = self._prefill_tables.setdefault(self.actual[lane], {})
+        condition = condition or self.base
+        self._check_room(condition)
+        self.conditions[lane] = condition
+        self.actual[lane] = condition.actual_at(0)
         self.simulator.reset(lane, self.actual[lane])
         self._memory.forget(lane)
         self._forget_waits(lane)
-        self._admit(lane, self.schedule.reset(lane, order))
-        budget = self._default_budget if hbm_budget is None else hbm_budget
-        fixed = fixed_budget_bytes(budget, self.model)
+        slots = self.schedule.reset(lane, order, condition.batch_size, condition.extra_context)
+        self._admit(lane, slots)
+        self.n_windows[lane] = 0
+        self._await_change(lane)
+        self.quality_weights[lane] = condition.quality_weight
+        self._facts[lane] = self._nominal_facts(condition)
+        fixed = fixed_budget_bytes(condition.hbm_budget, self.model)
         self._is_auto[lane] = fixed is None
         self._has_auto = bool(self._is_auto.any())
-        self._budgets[lane] = fixed or 0
+        self._whole_budgets[lane] = fixed or 0
+        self._budget_factors[lane] = condition.budget_factor_at(0)
         self._settle_budgets()
 
     @property
@@ -193,6 +224,8 @@ class Lanes:
         self.last_slots = self.schedule.request.copy(), n_rows
         self.outcome = outcome
         self._memory.remember(outcome)
+        self.n_windows += 1
+        self._change_machines()
         self._next_slots()
         return outcome
 
@@ -254,8 +287,8 @@ class Lanes:
         for slot in slots:
             index = int(requests[slot])
             memory.admit(lane, slot, *self._prompts(index))
-            table_s = self._prefill_table_s(lane, index)
-            waited_s += self._loops.prefill_seconds(table_s, hbm, self.shape[0])
+            parts = _prefill(self.model, self.actual[lane], int(self._n_prompt[index]))
+            waited_s += self._loops.prefill_seconds(*parts, hbm, self.shape[0])
             self.waited_s[lane, slot] = waited_s
             self.admitted[lane, slot] = True
         self.has_admitted = self.has_admitted or bool(slots)
@@ -265,18 +298,43 @@ class Lanes:
         self.admitted[lanes] = False
         self.waited_s[lanes] = 0.0
 
-    def _prefill_table_s(self, lane: int, index: int) -> NDArray[np.float64]:
-        """Seconds per layer by number of resident experts, kept by system and prompt length."""
-        tables, n_prompt = self._tables[lane], int(self.trace.requests.n_prompt[index])
-        if n_prompt not in tables:
-            tables[n_prompt] = prefill_table_s(self.model, self.actual[lane], n_prompt)
-        return tables[n_prompt]
+    def _check_room(self, condition: Condition) -> None:
+        if condition.batch_size > self.batch_size:
+            raise ValueError(
+                f"condition must have batch_size <= {self.batch_size} slots, "
+                f"got {condition.batch_size}"
+            )
+        widths = self.system.stored_bits
+        for system in (condition.system, condition.actual or condition.system):
+            if system is not self.system and system.stored_bits != widths:
+                raise ValueError(
+                    f"condition must have a system of stored_bits {widths}, "
+                    f"got {system.stored_bits}"
+                )
 
-    def _nominal_facts(self) -> NDArray[np.float32]:
-        gpu, far, link = self.system.gpu, self.system.far, self.system.link
+    def _await_change(self, lane: int) -> None:
+        """Note the next window whose machine or budget is another."""
+        now = self.n_windows[lane]
+        later = (w for w in self.conditions[lane].changes if w > now)
+        self._next_change[lane] = next(later, _NEVER)
+
+    def _change_machines(self) -> None:
+        """Put lanes on the machine and the budget of the coming window where these are others."""
+        lanes = np.flatnonzero(self._next_change <= self.n_windows).tolist()
+        for lane in lanes:
+            condition, window = self.conditions[lane], int(self.n_windows[lane])
+            self.actual[lane] = condition.actual_at(window)
+            self.simulator.put_system(lane, self.actual[lane])
+            self._budget_factors[lane] = condition.budget_factor_at(window)
+            self._await_change(lane)
+        if lanes:
+            self._settle_budgets()
+
+    def _nominal_facts(self, condition: Condition) -> NDArray[np.float32]:
+        gpu, far, link = condition.system.gpu, condition.system.far, condition.system.link
         facts = dict.fromkeys(CONTEXT_NAMES, 0.0)
         facts |= {
-            "batch_size": self.batch_size,
+            "batch_size": condition.batch_size,
             "window": self.window,
             "gpu_bytes_per_s": gpu.bandwidth_bytes_per_s,
             "gpu_flops_per_s": gpu.flops_per_s,
@@ -284,18 +342,25 @@ class Lanes:
             "far_flops_per_s": far.flops_per_s,
             "link_bytes_per_s": link.bandwidth_bytes_per_s,
             "link_latency_s": link.latency_s,
-            "quality_weight": self.quality_weight,
+            "quality_weight": condition.quality_weight,
         }
-        return np.tile(np.array(list(facts.values()), np.float32), (self.n_lanes, 1))
+        return np.array(list(facts.values()), np.float32)
 
     def _settle_budgets(self) -> None:
         """Automatic budgets for the contexts of now, and what the observation says of them all."""
         if self._has_auto:
             contexts = self.schedule.context
             auto = auto_budgets_bytes(self.model, self.system, contexts, self.window)
-            self._budgets[self._is_auto] = auto[self._is_auto]
+            self._whole_budgets[self._is_auto] = auto[self._is_auto]
+        self._budgets[:] = self._whole_budgets * self._budget_factors
         self._facts[:, 0] = toward_zero(self._budgets)
         self._facts[:, 1] = self._budgets / self.model.routed_bytes16
+
+
+@lru_cache(maxsize=4096)
+def _prefill(model: MoESpec, system: SystemSpec, n_prompt: int) -> PrefillParts:
+    """`prefill_parts`, kept for the next request of that length."""
+    return prefill_parts(model, system, n_prompt)
 
 
 def check_agreement(trace: RoutingTrace, model: MoESpec) -> None:

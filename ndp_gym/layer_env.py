@@ -82,7 +82,7 @@ class LayerVecEnv(VecEnv):
         )  # fmt: skip
         self.agents = LayerAgents(
             self.lanes.model, self.lanes.system, self.lanes.simulator.quality,
-            self.lanes.quality_weight, window, n_lanes=n_lanes, profile=train_profile(opened),
+            self.lanes.base.quality_weight, window, n_lanes=n_lanes, profile=train_profile(opened),
         )  # fmt: skip
         self._requests = opened.split_requests(split)
         self._own, self._max_windows = own, max_windows
@@ -115,7 +115,7 @@ class LayerVecEnv(VecEnv):
         lanes, n_lanes = self.lanes, self.lanes.n_lanes
         decided = self.agents.decide(self._actions.reshape(n_lanes, self._n_layers, -1))
         outcome = lanes.advance(*decided)
-        weight = lanes.quality_weight
+        weight = lanes.base.quality_weight
         own = layer_rewards(outcome, lanes.model, lanes.simulator.quality, weight)
         whole = reward(reward_terms(outcome), weight)
         rewards = REWARD_SCALE * (self._own * own + (1 - self._own) * whole[:, None])

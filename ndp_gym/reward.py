@@ -45,6 +45,8 @@ def reward_terms(outcome: Outcome) -> dict[str, NDArray[np.float64]]:
     }
 
 
-def reward(terms: dict[str, NDArray[np.float64]], weight: float) -> NDArray[np.float64]:
+def reward(
+    terms: dict[str, NDArray[np.float64]], weight: float | NDArray[np.float64]
+) -> NDArray[np.float64]:
     """log(T_ref / T) - weight (D - D_ref): the same counts all far at 4 bit score 0."""
     return terms["throughput"] + weight * terms["quality"]

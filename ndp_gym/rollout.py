@@ -7,7 +7,7 @@ no other policy, so nothing here compares.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ndp_gym import policy_calls
 from ndp_gym.budget import HbmBudget
+from ndp_gym.condition import Condition
 from ndp_gym.lanes import Lanes
 from ndp_gym.outcome import Outcome
 from ndp_gym.plan import FAR, HBM, Plan
@@ -40,7 +41,7 @@ class Task:
     """What every policy of a comparison faces: recording, machine, batching, budget.
 
     Attributes:
-        trace: the recording; requests of ``split`` run in file order.
+        trace: the recording; requests of ``split`` run in file order, or in ``order``.
         model: nominal model.
         system: nominal system, the one policies are told.
         actual: the system that runs, ``None`` where that is the nominal one.
@@ -54,6 +55,8 @@ class Task:
         quality_weight: reward lost per nat.
         max_windows: stop after so many windows, ``None`` at the end of the requests.
         profile: train profile [L, E], ``None`` where there is no train split.
+        condition: what else the run is under, see `under`.
+        order: indices of the requests that run, in place of those of ``split``.
     """
 
     trace: RoutingTrace
@@ -70,10 +73,26 @@ class Task:
     max_windows: int | None
     profile: FloatArray | None
     kappa_given: bool = True
+    condition: Condition | None = None
+    order: IntArray | None = None
 
-    def lanes(self) -> Lanes:
-        """A fresh single lane of this task."""
-        return Lanes(
+    def under(self, condition: Condition, order: IntArray | None = None) -> Task:
+        """The same task under ``condition``, whose nominal facts replace those of the task."""
+        return replace(
+            self,
+            system=condition.system,
+            actual=condition.actual,
+            batch_size=condition.batch_size,
+            hbm_budget=condition.hbm_budget,
+            quality_weight=condition.quality_weight,
+            condition=condition,
+            order=order,
+        )
+
+    def start(self) -> tuple[Lanes, IntArray]:
+        """A fresh single lane at the start of the run, and the requests in its order."""
+        order = self.trace.split_requests(self.split) if self.order is None else self.order
+        lanes = Lanes(
             self.trace,
             self.model,
             self.system,
@@ -85,6 +104,8 @@ class Task:
             quality=self.quality,
             quality_weight=self.quality_weight,
         )
+        lanes.reset(0, order, self.condition or replace(lanes.base, actual=self.actual))
+        return lanes, order
 
 
 class Replayed(NamedTuple):
@@ -177,12 +198,12 @@ def run_policy(
     policy: Policy,
     task: Task,
     *,
-    seed: int,
+    seed: int | Sequence[int],
     name: str | None = None,
     progress: TokenProgress | None = None,
     watch: Watch | None = None,
 ) -> Measurement:
-    """Run ``policy`` over the requests of the task's split, in file order, and sum what it cost.
+    """Run ``policy`` over the requests of the task, in its order, and sum what it cost.
 
     ``name`` is what errors call it, by default that of its class. ``watch`` is shown every window.
 
@@ -192,10 +213,8 @@ def run_policy(
             `MissingProfileError`).
     """
     name = name or type(policy).__name__
-    lanes = task.lanes()
-    order = task.trace.split_requests(task.split)
+    lanes, order = task.start()
     requests = task.trace.requests
-    lanes.reset(0, order, task.actual)
     rng = np.random.default_rng(seed)
     untouched = _draws(rng)
     policy_calls.reset(name, policy, _context(policy, task, lanes, order, rng))
@@ -239,7 +258,7 @@ def _window(
     result.min_budget_bytes = min(result.min_budget_bytes, budget_bytes)
     schedule = lanes.schedule
     rows = schedule.row[0].copy(), schedule.n_rows()[0], schedule.context[0].copy()
-    prefills = np.cumsum(lanes.prefill_s[0])
+    prefills, system = np.cumsum(lanes.prefill_s[0]), lanes.actual[0]
     outcome = _advance(lanes, plan)
     if watch is not None:
         wanted = lanes.simulator.state.target[0].reshape(lanes.shape).copy()
@@ -249,7 +268,7 @@ def _window(
     result.served = result.served + outcome.served_tokens
     for term, value in reward_terms(outcome).items():
         result.terms.setdefault(term, []).append(float(value))
-    _add_totals(result.totals, outcome, task.actual or task.system)
+    _add_totals(result.totals, outcome, system)
     result.totals["demanded_bytes"] += int(outcome.fetch_bytes / _copied_per_needed(service))
     slots, n_rows = (array[0] for array in lanes.last_slots)
     for field_name, amount in (

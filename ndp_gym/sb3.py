@@ -161,6 +161,11 @@ def _by_copy(infos: dict[str, Any], mask: NDArray[np.bool_]) -> list[dict[str, A
         has = infos.get(f"_{name}")
         if has is None or name in ("final_obs", "final_info"):
             continue
+        if isinstance(column, dict):
+            for copy, inner in enumerate(_by_copy(column, mask & has)):
+                if inner:
+                    found[copy][name] = inner
+            continue
         values: Sequence[Any] = column.tolist() if np.ndim(column) == 1 else column
         for copy in wanted:
             if has[copy]:

@@ -35,6 +35,8 @@ class Schedule:
         left: [N, B] rows the request still has, 0 where idle.
         context: [N, B] tokens in the live request's context, 0 where idle.
         n_live: [N] slots that hold a request.
+        n_slots: [N] slots in use, the first of the B; the others stay idle.
+        extra_context: [N] tokens in every request's context before those of the request table.
         generated: [N] tokens decoded since `reset`.
     """
 
@@ -62,6 +64,8 @@ class Schedule:
         self.context = np.zeros(slots, np.int64)
         self.n_live = np.zeros(n_lanes, np.int64)
         self.generated = np.zeros(n_lanes, np.int64)
+        self.n_slots = np.full(n_lanes, batch_size, np.int64)
+        self.extra_context = np.zeros(n_lanes, np.int64)
         self._loops = import_module("ndp_gym.lane_loops")  # numba comes with it
         self._columns = tuple(
             np.array(getattr(requests, name))  # writeable, so that one compiled version serves all
@@ -70,9 +74,13 @@ class Schedule:
         self._waiting: list[IntArray] = [np.empty(0, np.int64)] * n_lanes
         self._n_waiting = np.zeros(n_lanes, np.int64)
 
-    def reset(self, lane: int, order: IntArray) -> list[int]:
+    def reset(
+        self, lane: int, order: IntArray, n_slots: int | None = None, extra_context: int = 0
+    ) -> list[int]:
         """Queue the requests ``order`` on an empty lane and admit the first -> slots admitted."""
         self.clear(lane)
+        self.n_slots[lane] = n_slots or self.request.shape[1]
+        self.extra_context[lane] = extra_context
         self._waiting[lane] = order
         self._n_waiting[lane] = order.size
         self.generated[lane] = 0
@@ -90,17 +98,19 @@ class Schedule:
         """Fill idle slots from the queue: any (continuous), or only once all are idle (static)."""
         if not self._n_waiting[lane]:
             return []
-        slots = self.request[lane]
+        in_use = slice(int(self.n_slots[lane]))
+        slots = self.request[lane, in_use]
         idle = np.flatnonzero(slots == IDLE).tolist()
         if self.scheduling == "static" and len(idle) < slots.size:
             return []
         queue = self._waiting[lane]
         n = self._loops.admit_slots(
             slots,
-            self.row[lane],
-            self.left[lane],
-            self.context[lane],
+            self.row[lane, in_use],
+            self.left[lane, in_use],
+            self.context[lane, in_use],
             queue[queue.size - self._n_waiting[lane] :],
+            self.extra_context[lane],
             self._columns,
         )
         self.n_live[lane] += n

@@ -17,6 +17,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ndp_gym.budget import HbmBudget
+from ndp_gym.conditions import Conditions
 from ndp_gym.env import NDPPlacementEnv, check_render_mode, render_lane
 from ndp_gym.episodes import Episodes, Stepped
 from ndp_gym.inputs import ModelLike, SystemLike, TraceLike
@@ -56,6 +57,7 @@ class NDPPlacementVectorEnv(VectorEnv[Observations, NDArray[Any], NDArray[Any]])
         max_windows: int | None = 64,
         action: str = "scores",
         quality_weight: str | float = "balanced",
+        conditions: str | Conditions | None = None,
         render_mode: str | None = None,
         autoreset_mode: str | AutoresetMode = "next_step",
     ) -> None:
@@ -83,6 +85,7 @@ class NDPPlacementVectorEnv(VectorEnv[Observations, NDArray[Any], NDArray[Any]])
             max_windows=max_windows,
             action=action,
             quality_weight=quality_weight,
+            conditions=conditions,
         )
         self.single_observation_space = self.episodes.observation_space
         self.single_action_space = self.episodes.encoding.space

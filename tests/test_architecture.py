@@ -21,11 +21,11 @@ ROOMS = {
     "plan": "plan policy policy_calls predictor bit_ladder forecast fillings allocation planners",
     "simulate": "kernel_data kernel simulate state outcome outcome_loops packing batch",
     "reward": "reward bound bound_loops exhaustive local_search",
-    "env": "schedule memory lane_loops lanes inputs bounds encoding decoders episodes env vector "
-    "wrappers sb3 render env_docs layer_loops layer_forecast layer_features layer_agents "
+    "env": "schedule condition conditions memory lane_loops lanes inputs bounds encoding decoders "
+    "episodes env vector wrappers sb3 render env_docs layer_loops layer_forecast layer_features layer_agents "
     "agent_file",
-    "evaluate": "statistics provenance contenders results rows rollout regret explain evaluation "
-    "uncertainty figure report report_uncertainty tracking "
+    "evaluate": "statistics provenance contenders results rows rollout scenarios regret explain "
+    "evaluation uncertainty figure report report_uncertainty tracking "
     "validation bench bench_large layer_env",
     "cli": "commands cli __main__",
 }

@@ -22,7 +22,8 @@ def outcomes() -> list[Outcome]:
     lanes = Lanes(TRACE, GUARDED, SYSTEM, n_lanes=3, batch_size=3, window=4, hbm_budget=30_000)
     order = TRACE.split_requests("train")
     for lane in range(3):
-        lanes.reset(lane, np.roll(order, lane), actual=SLOWER if lane == 1 else None)
+        slower = replace(lanes.base, actual=SLOWER) if lane == 1 else None
+        lanes.reset(lane, np.roll(order, lane), slower)
     rng = np.random.default_rng(0)
     shape = (3, *lanes.shape)
     return [
@@ -82,7 +83,7 @@ def test_lanes_do_not_disturb_each_other() -> None:
     """One lane of three gives what it gives alone, to the last bit."""
     together = outcomes()
     alone = Lanes(TRACE, GUARDED, SYSTEM, batch_size=3, window=4, hbm_budget=30_000)
-    alone.reset(0, np.roll(TRACE.split_requests("train"), 1), actual=SLOWER)
+    alone.reset(0, np.roll(TRACE.split_requests("train"), 1), replace(alone.base, actual=SLOWER))
     rng = np.random.default_rng(0)
     shape = (3, *alone.shape)
     for o in together:

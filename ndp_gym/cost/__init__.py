@@ -32,12 +32,13 @@ from ndp_gym.cost.energy import (
     link_energy_j,
     static_energy_j,
 )
-from ndp_gym.cost.prefill import prefill_s, prefill_table_s
+from ndp_gym.cost.prefill import PrefillParts, prefill_parts, prefill_s
 from ndp_gym.cost.table import CostTable, cost_table
 
 __all__ = [
     "CostTable",
     "EnergyParts",
+    "PrefillParts",
     "activation_transfer_s",
     "all_hbm_step_s",
     "attention_s",
@@ -59,8 +60,8 @@ __all__ = [
     "layer_contexts",
     "link_energy_j",
     "lm_head_s",
+    "prefill_parts",
     "prefill_s",
-    "prefill_table_s",
     "requantise_s",
     "static_energy_j",
     "stored_bytes",
