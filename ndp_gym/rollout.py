@@ -26,7 +26,7 @@ from ndp_gym.reward import reward_terms
 from ndp_gym.schedule import Scheduling
 from ndp_gym.specs import MoESpec, Service, SystemSpec
 from ndp_gym.trace import RoutingTrace
-from ndp_gym.trace_requests import SPLITS
+from ndp_gym.trace_counts import decode_counts, train_profile
 
 __all__ = ["Measurement", "Replayed", "Task", "run_policy", "train_profile"]
 
@@ -359,32 +359,6 @@ class _LaneFuture:
     def next_counts(self) -> NDArray[np.int64]:
         """[W, L, E] tokens per expert in each decode step of the coming window."""
         return self._lanes.next_counts(0).astype(np.int64)
-
-
-def decode_counts(trace: RoutingTrace, requests: NDArray[np.int64]) -> FloatArray:
-    """[L, E] routed tokens per expert over the decode rows of ``requests`` (indices)."""
-    shape = (trace.n_layers, trace.n_experts)
-    offsets = (np.arange(trace.n_layers) * trace.n_experts)[:, None]
-    total = np.zeros(shape[0] * shape[1])
-    for index in requests:
-        n_prompt, n_decode = (
-            int(c[index]) for c in (trace.requests.n_prompt, trace.requests.n_decode)
-        )
-        if n_decode:
-            ids, _ = trace.window(int(trace.requests.start[index]) + n_prompt, n_decode)
-            codes = (ids.astype(np.int64) + offsets).ravel()
-            total += np.bincount(codes, minlength=total.size)
-    return total.reshape(shape)
-
-
-def train_profile(trace: RoutingTrace) -> FloatArray | None:
-    """[L, E] tokens per decode token on the train split, ``None`` where there is no such split."""
-    requests = trace.requests
-    is_train = (requests.split == SPLITS.index("train")) & (requests.n_decode > 0)
-    if not is_train.any():
-        return None
-    train = np.flatnonzero(is_train)
-    return decode_counts(trace, train) / float(requests.n_decode[train].sum())
 
 
 def _draws(rng: np.random.Generator) -> tuple[object, object]:

@@ -14,7 +14,7 @@ ROOMS = {
     "units": "units",
     "specs": "specs",
     "presets": "presets",
-    "trace": "trace trace_content trace_file trace_loops trace_metadata trace_predict "
+    "trace": "trace trace_content trace_counts trace_file trace_loops trace_metadata trace_predict "
     "trace_requests trace_spans trace_stats synthesize replay replay_kernel importers",
     "quality": "quality quantizers",
     "cost": "cost budget",

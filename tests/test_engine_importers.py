@@ -171,8 +171,11 @@ def test_what_holds_counts_only_is_refused_with_advice(tmp_path):
     }
     for content in (counts, per_pass):
         path = written(tmp_path, "a.pt", torch_bytes(content))
-        with pytest.raises(ValueError, match=r"a\.pt: .*cannot be replayed: .*per_token"):
+        with pytest.raises(ValueError, match=r"a\.pt: .*cannot be replayed: .*per_token, or use"):
             import_trace([path])
+    as_json = b'{"logical_count": [[1, 2], [3, 4]]}'
+    with pytest.raises(ValueError, match=r"a\.json: .*cannot be replayed: .*--profile"):
+        import_trace([written(tmp_path, "a.json", as_json)])
     key = b"imatrix.chunk_count"
     header = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + struct.pack("<II", 4, 1)
     for data, kind in ((header, "an importance matrix"), (header[:24] + b"\0" * 9, "a GGUF file")):

@@ -11,6 +11,7 @@ from types import ModuleType
 from ndp_gym.importers import (
     bigmoe,
     eval_callback,
+    gguf,
     grouped_nf4,
     hdmoe,
     megatron,
@@ -21,7 +22,7 @@ from ndp_gym.importers import (
     vllm,
 )
 from ndp_gym.importers.recording import ImportOptions, ImportResult, build_trace
-from ndp_gym.importers.source import Source, open_source
+from ndp_gym.importers.source import AS_PROFILE, Source, open_source
 
 __all__ = ["FORMATS", "ImportOptions", "ImportResult", "import_trace"]
 
@@ -98,11 +99,17 @@ def _detected(sources: Sequence[Source]) -> str:
 
 
 def _format_of(source: Source) -> str:
-    if source.data.startswith(b"GGUF"):
-        kind = "an importance matrix" if b"imatrix." in source.data[:65536] else "a GGUF file"
+    if source.data.startswith(gguf.MAGIC):
+        is_matrix = b"imatrix." in source.data[:65536]
         raise source.fail(
-            f"{kind} holds sums over a text, not the experts of each token, and cannot be "
-            f"replayed: record token,layer,expert rows with an eval callback instead"
+            f"{'an importance matrix' if is_matrix else 'a GGUF file'} holds sums over a text, not "
+            f"the experts of each token, and cannot be replayed: record token,layer,expert rows "
+            f"with an eval callback{f', or {AS_PROFILE}' if is_matrix else ''}"
+        )
+    if source.data.lstrip()[:1] == b"{" and b'"logical_count"' in source.data[:4096]:
+        raise source.fail(
+            f"holds counts per expert, not the experts of each token, and cannot be replayed: "
+            f"record again per token, or {AS_PROFILE}"
         )
     for name, module in FORMATS.items():
         if module.detects(source):

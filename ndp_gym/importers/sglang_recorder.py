@@ -12,7 +12,7 @@ import numpy as np
 
 from ndp_gym.importers import torch_file
 from ndp_gym.importers.recording import ImportOptions, Recording, Segment
-from ndp_gym.importers.source import Source, whole_number
+from ndp_gym.importers.source import AS_PROFILE, Source, whole_number
 from ndp_gym.importers.vllm import Ids
 
 _EXTEND, _DECODE, _IDLE = 1, 2, 4  # sglang ForwardMode
@@ -52,9 +52,12 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
     logical, records = _parts(source, content)
     requests: list[_Request] = []
     waiting: dict[int, list[_Request]] = {}  # by next position
+    left = len(source.data)  # numbers that the file can hold; records may name one tensor twice
     for index, record in enumerate(records):
         name = f"{source.path}: record {index}"
-        _place(requests, waiting, name, *_tokens(record, name, len(source.data), options.top_k))
+        tokens = _tokens(record, name, left, options.top_k)
+        left -= tokens[0].size
+        _place(requests, waiting, name, *tokens)
     if not requests:
         raise source.fail("holds no token")
     ids = np.concatenate([np.concatenate(request.rows) for request in requests])
@@ -68,7 +71,8 @@ def _parts(source: Source, content: Any) -> tuple[Ids, list[Any]]:
     if "logical_count" in content:
         raise source.fail(
             "holds counts per expert (recorder mode stat), not the order of tokens, and cannot be "
-            "replayed: record again with --expert-distribution-recorder-mode per_token"
+            "replayed: record again with --expert-distribution-recorder-mode per_token, or "
+            + AS_PROFILE
         )
     records = content.get("records")
     if not isinstance(records, list) or not records:
@@ -76,7 +80,8 @@ def _parts(source: Source, content: Any) -> tuple[Ids, list[Any]]:
     if all(isinstance(r, dict) and "topk_ids_of_layer" not in r for r in records):
         raise source.fail(
             "holds counts per forward pass (recorder mode per_pass), not per token, and cannot be "
-            "replayed: record again with --expert-distribution-recorder-mode per_token"
+            "replayed: record again with --expert-distribution-recorder-mode per_token, or "
+            + AS_PROFILE
         )
     name = f"{source.path}: last_physical_to_logical_map"
     table = torch_file.array(content.get("last_physical_to_logical_map"), 2, len(source.data), name)

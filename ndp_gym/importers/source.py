@@ -3,9 +3,11 @@
 import gzip
 import hashlib
 import io
+import reprlib
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ndp_gym.units import GIB, MIB
 MAX_BYTES = 2 * GIB
 MAX_RATIO = 200  # routing text packs 5..50 times
 FREE_BYTES = 64 * MIB  # unpacked size below which the ratio does not matter
+AS_PROFILE = "use it as a popularity profile (ndp-gym evaluate --profile)"
 _CHUNK = 4 * MIB
 
 
@@ -95,30 +98,62 @@ def _unpack(path: Path, packed: bytes) -> bytes:
     return b"".join(chunks)
 
 
-def integers(value: object, n_dims: int, name: str) -> npt.NDArray[np.int64]:
-    """Nested JSON lists as an int64 array of ``n_dims`` axes, none of them empty.
+def integers(
+    value: object, n_dims: int, name: str, most: int | None = None
+) -> npt.NDArray[np.int64]:
+    """Nested lists as an int64 array of ``n_dims`` axes, none of them empty.
+
+    Args:
+        value: What was parsed.
+        n_dims: Axes.
+        name: For messages.
+        most: Numbers allowed, where the lists may name one list many times.
 
     Raises:
         ValueError: Ragged, another depth, or anything but whole numbers below 2**31.
     """
+    array = numbers(value, n_dims, name, {int}, most)
+    if array.dtype.kind not in "iu" or int(array.max()) >= 2**31 or int(array.min()) < -(2**31):
+        raise ValueError(f"{name} must be below 2**31, got {array.max()}")
+    return array.astype(np.int64)
+
+
+def numbers(
+    value: object, n_dims: int, name: str, types: set[type], most: int | None = None
+) -> npt.NDArray[Any]:
+    """Nested lists of ``types`` (int, float) as an array; see ``integers``.
+
+    Types and lengths are looked at before NumPy sees them: one long text among numbers would
+    otherwise make an array of texts of its length.
+    """
+    kind = "whole numbers" if types == {int} else "numbers"
+    rule = f"{name} must be a regular array of {kind} with {n_dims} non-empty axes"
+    level: list[Any] = [value]
+    for axis in range(n_dims):
+        if not all(type(item) is list for item in level):
+            raise ValueError(f"{rule}, got {shown(value)}")
+        if axis < n_dims - 1:
+            level = list(chain.from_iterable(level))
+        if most is not None and sum(map(len, level) if axis == n_dims - 1 else [len(level)]) > most:
+            raise ValueError(f"{name} must have at most {most} numbers")
+    if not set(chain.from_iterable(map(type, item) for item in level)) <= types:
+        raise ValueError(f"{rule}, got {shown(value)}")
     try:
         array = np.array(value)
     except (ValueError, OverflowError):
-        raise ValueError(
-            f"{name} must be a regular array of whole numbers, got a ragged one"
-        ) from None
-    if array.ndim != n_dims or array.dtype.kind not in "iu" or 0 in array.shape:
-        raise ValueError(
-            f"{name} must be a regular array of whole numbers with {n_dims} non-empty axes, "
-            f"got {array.dtype} {list(array.shape)}"
-        )
-    if int(array.max()) >= 2**31 or int(array.min()) < -(2**31):
-        raise ValueError(f"{name} must be below 2**31, got {array.max()}")
-    return array.astype(np.int64)
+        raise ValueError(f"{rule}, got a ragged one") from None
+    if array.ndim != n_dims or array.dtype.kind not in "iuf" or 0 in array.shape:
+        raise ValueError(f"{rule}, got {array.dtype} {list(array.shape)}")
+    return array
+
+
+def shown(value: object) -> str:
+    """A short text for messages, however long or deep the value is."""
+    return reprlib.repr(value)[:80]
 
 
 def whole_number(value: object, low: int, high: int, name: str) -> int:
     """The value itself if it is an integer in ``low..high``."""
     if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number in {low}..{high}, got {value!r:.80}")
+        raise ValueError(f"{name} must be a whole number in {low}..{high}, got {shown(value)}")
     return value

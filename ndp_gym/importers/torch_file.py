@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ndp_gym.importers.source import Source
+from ndp_gym.importers.source import Source, integers
 
 MAGIC = b"PK\x03\x04"
 
@@ -44,7 +44,7 @@ def array(value: object, n_dims: int, limit: int, name: str) -> npt.NDArray[np.i
     Args:
         value: What was loaded.
         n_dims: Axes.
-        limit: Elements allowed; an expanded tensor can claim any size.
+        limit: Elements allowed; an expanded tensor, or a list named twice, can claim any size.
         name: For messages.
     """
     if hasattr(value, "numel") and hasattr(value, "numpy"):
@@ -54,12 +54,11 @@ def array(value: object, n_dims: int, limit: int, name: str) -> npt.NDArray[np.i
             value = value.detach().numpy()  # type: ignore[attr-defined]
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{name} must be a plain tensor: {str(error)[:80]}") from None
-    elif not isinstance(value, list):
+        result = np.asarray(value)
+    elif isinstance(value, list):
+        result = integers(value, n_dims, name, limit)
+    else:
         raise ValueError(f"{name} must be a tensor or a list, got {type(value).__name__}")
-    try:
-        result = np.array(value)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{name} must be a regular array, got a ragged one") from None
     if result.dtype.kind not in "iu" or result.ndim != n_dims or 0 in result.shape:
         raise ValueError(
             f"{name} must be whole numbers with {n_dims} non-empty axes, "

@@ -16,20 +16,17 @@ E is not in the data.
 
 import base64
 import binascii
-import io
-import math
 from collections.abc import Sequence
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ndp_gym.importers import npy_file
 from ndp_gym.importers.recording import ImportOptions, Recording, Segment
 from ndp_gym.importers.source import Source, integers, whole_number
 from ndp_gym.trace_file import parse_json
 
-_MAGIC = b"\x93NUMPY"
 _WORDS = (b'"routed_experts"', b'"prompt_routed_experts"')
 _MAX_CONTEXT = 2**31
 _NOT_RECORDED = (-1, 2**8 - 1, 2**16 - 1)  # -1 as int, uint8 and uint16
@@ -39,7 +36,7 @@ Ids = npt.NDArray[np.int64]
 
 def detects(source: Source) -> bool:
     """Whether the content is a ``.npy`` or nested array, or JSON that mentions routed experts."""
-    if source.data.startswith(_MAGIC) or _is_nested(source):
+    if source.data.startswith(npy_file.MAGIC) or _is_nested(source):
         return True
     return source.data.lstrip()[:1] in (b"{", b"[") and any(w in source.data for w in _WORDS)
 
@@ -111,7 +108,7 @@ Choice = tuple[Ids, int | None, int]  # ids, prompt rows if known, tokens before
 
 def _responses(source: Source) -> list[tuple[str, str | None, list[Choice]]]:
     """(name, model, choices) of every response in the file."""
-    if source.data.startswith(_MAGIC):
+    if source.data.startswith(npy_file.MAGIC):
         return [(str(source.path), None, [(npy(source.data, str(source.path)), None, 0)])]
     if _is_nested(source):
         return [(str(source.path), None, [(integers(source.json, 3, str(source.path)), None, 0)])]
@@ -153,7 +150,7 @@ def _choices(document: dict[str, Any], name: str) -> list[Choice]:
     start = whole_number(start, 0, _MAX_CONTEXT, f"{name}: routed_experts_prompt_start")
     shared = document.get("prompt_routed_experts")
     prompt = None if shared is None else _array(shared, f"{name}: prompt_routed_experts")[0]
-    result = []
+    result: list[Choice] = []
     for index, choice in enumerate(choices):
         where = f"{name}: choices[{index}].routed_experts"
         if not isinstance(choice, dict) or choice.get("routed_experts") is None:
@@ -198,8 +195,10 @@ def _array(value: object, name: str) -> tuple[Ids, int]:
             f"{name} must hold base64 data and an integer dtype, got dtype {dtype!r:.40}"
         )
     start = whole_number(value.get("start", 0), 0, _MAX_CONTEXT, f"{name}.start")
-    sizes = integers(shape, 1, f"{name}.shape").tolist()
-    return _from_bytes(decoded(data, name), np.dtype(str(dtype)), sizes, "C", name), start
+    sizes = tuple(integers(shape, 1, f"{name}.shape").tolist())
+    blob = npy_file.Layout(np.dtype(str(dtype)), sizes, False, decoded(data, name))
+    npy_file.check_size(blob, name)
+    return _ids(blob, name), start
 
 
 def decoded(text: str, name: str) -> bytes:
@@ -211,39 +210,21 @@ def decoded(text: str, name: str) -> bytes:
 
 
 def npy(data: bytes, name: str) -> Ids:
-    """The integer array ``[tokens, layers, K]`` in a ``.npy`` file's bytes; never unpickles.
+    """The integer array ``[tokens, layers, K]`` in a ``.npy`` file's bytes.
 
     Raises:
         ValueError: No such array, or one whose size is not that of the data.
     """
-    file = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(file)
-        reader = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = reader(file)
-    except KeyError:
-        raise ValueError(f"{name}: .npy version must be 1.0 or 2.0, got {version}") from None
-    except (ValueError, SyntaxError, TypeError, TokenError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{name}: damaged .npy header: {str(error)[:120]}") from None
-    return _from_bytes(data[file.tell() :], dtype, list(shape), "F" if fortran else "C", name)
+    return _ids(npy_file.layout(data, name), name)
 
 
-def _from_bytes(
-    data: bytes, dtype: np.dtype[Any], shape: Sequence[int], order: str, name: str
-) -> Ids:
+def _ids(found: npy_file.Layout, name: str) -> Ids:
+    dtype, shape = found.dtype, found.shape
     if dtype.kind not in "iu" or len(shape) != 3 or min(shape) < 1:
         raise ValueError(
             f"{name} must be integers [tokens, layers, K], got {dtype} {list(shape)!s:.60}"
         )
-    size = math.prod(shape) * dtype.itemsize
-    if size != len(data):
-        raise ValueError(
-            f"{name} must hold {size} bytes for {list(shape)} {dtype}, got {len(data)}"
-        )
-    ids = np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if order == "F" else "C")
+    ids = found.array()
     if int(ids.max()) > _MAX_CONTEXT:
         raise ValueError(f"{name} must hold ids below 2**31, got {ids.max()}")
     return ids.astype(np.int64)
