@@ -1,0 +1,144 @@
+"""Tuning starts at the defaults, keeps to its budget, finds optima; its file is a policy."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ndp_gym.forecast import Blend
+from ndp_gym.planners import Knobs
+from ndp_gym.policy import resolve
+from ndp_gym.rollout import Task
+from policies.balance import Balance
+from policies.balance_feedback import BalanceFeedback
+from policies.tuned import tuned
+from train import tune as tuning
+from train.options import parse
+from train.tune import RANGES, Args, Range, tune
+
+TINY: dict[str, Any] = {
+    "policy": "ema", "n_windows": 32, "n_tunings": 2, "population": 4, "train_windows": 8,
+    "episode_windows": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", sorted(RANGES))
+def test_a_search_starts_at_the_policys_defaults_and_inside_its_ranges(policy: str) -> None:
+    made = resolve(policy)()
+    if isinstance(made, Balance):
+        defaults = {f.name: f.default for kind in (Knobs, Blend) for f in fields(kind)}
+        if isinstance(made, BalanceFeedback):
+            defaults["gain"] = made.gain
+        assert set(RANGES[policy]) == set(defaults)
+    else:
+        defaults = vars(made)
+    for name, span in RANGES[policy].items():
+        assert span.start == defaults[name]
+        assert span.value(span.start_place) == pytest.approx(span.start)
+
+
+def test_places_are_constants_on_their_scale() -> None:
+    assert Range(1.0, 100.0, 10.0, "log").value(0.5) == pytest.approx(10)
+    assert Range(1.0, 100.0, 10.0).value(0.5) == pytest.approx(50.5)
+    assert Range(1, 4, 4, "whole").value(0.4) == 2
+
+
+def test_equal_seeds_tune_equally_within_the_budget_and_the_file_is_a_policy(
+    tmp_path: Path,
+) -> None:
+    paths = [tune(Args(out=str(tmp_path / name), **TINY)) for name in "ab"]
+    one, other = (json.loads(path.read_text()) for path in paths)
+    assert one == other
+    assert [t["seed"] for t in one["tunings"]] == [0, 1]
+    assert all(0 < t["n_windows"] <= 32 for t in one["tunings"])
+    assert one["scores"]["reward"] == max(t["reward"] for t in one["tunings"])
+    policy: Any = tuned(str(tmp_path / "a" / "ema_fix"))
+    assert {"bits": policy.bits, "far_bits": policy.far_bits} == one["constants"]
+    assert vars(resolve(one["spec"])()) == vars(policy)
+
+
+def test_the_search_finds_an_optimum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = {"bits": 1.7, "alpha": 0.9}
+
+    def rewards_of(spec: str, tasks: list[Task]) -> list[np.ndarray]:
+        made = resolve(spec)()
+        distance = ((made.bits - best["bits"]) / 3) ** 2 + (made.alpha - best["alpha"]) ** 2
+        return [np.full(4, -distance) for _ in tasks]
+
+    monkeypatch.setattr(tuning, "rewards_of", rewards_of)
+    args = {**TINY, "policy": "context_aware", "n_windows": 4_000, "population": 20}
+    found = json.loads(tune(Args(out=str(tmp_path), **args)).read_text())
+    assert found["constants"] == pytest.approx(best, abs=0.05)
+    assert found["scores"]["gain"] > 0
+
+
+def test_ctrl_c_keeps_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    run = tuning.rewards_of
+
+    def interrupted(spec: str, tasks: list[Task]) -> list[np.ndarray]:
+        calls.append(spec)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return run(spec, tasks)
+
+    monkeypatch.setattr(tuning, "rewards_of", interrupted)
+    found = json.loads(tune(Args(out=str(tmp_path), **TINY)).read_text())
+    assert len(found["tunings"]) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["ema_fix.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "not a file of train.tune"),
+        ("[", "not a file of train.tune"),
+        ('{"spec": 3}', "spec must be the name of a policy"),
+        ('{"spec": "oracle_balance:truth=1.0"}', "oracle_balance is an oracle"),
+        ('{"spec": "balance:luck=1"}', "no constant"),
+    ],
+)
+def test_files_that_are_no_tunings_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        tuned(str(path))
+
+
+def write(path: Path, text: str) -> list[str]:
+    path.write_text(text)
+    return ["--conf-file", str(path)]
+
+
+def test_a_file_of_options_has_the_zoos_names_and_the_command_line_wins(tmp_path: Path) -> None:
+    text = "policy: ema\nn_timesteps: 12\nenv_kwargs: {hbm_budget: 0.2, batch_size: 4}\n"
+    file = write(tmp_path / "a.yml", text)
+    args = parse(Args, [*file, "--window", "8", "--n-tunings", "2"], "")
+    assert args == Args(
+        policy="ema", n_windows=12, hbm_budget="0.2", batch_size=4, window=8, n_tunings=2
+    )
+    assert parse(Args, [*file, "--n-windows", "5"], "").n_windows == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n_window: 3", "no option 'n_window'"),
+        ("n_windows: many", "n_windows must be int, got 'many'"),
+        ("n_windows: 1.5", "n_windows must be int, got 1.5"),
+        ("policy: luck", "policy must be one of"),
+        ("- 1", "must be a map of options"),
+        ("a: [", "not YAML"),
+        ("seed: !!python/object/apply:os.getcwd []", "not YAML"),
+    ],
+)
+def test_a_file_that_is_wrong_ends_in_one_sentence(
+    tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(Args, write(tmp_path / "a.yml", text), "")
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
