@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ndp_gym.budget import HbmBudget
 from ndp_gym.conditions import Conditions
 from ndp_gym.episodes import Episodes
-from ndp_gym.inputs import ModelLike, SystemLike, TraceLike
+from ndp_gym.inputs import ModelLike, QualityLike, SystemLike, TraceLike
 from ndp_gym.render import placement_text
 from ndp_gym.schedule import Scheduling
 
@@ -136,11 +136,12 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
     | `max_windows` | `64` | windows per episode; `None`: until the requests have ended |
     | `action` | `"scores"` | encoding: `"scores"`, `"placement"`, `"knobs"` |
     | `quality_weight` | `"balanced"` | price of quality: a name or a number in 1/nat |
+    | `quality` | `None` | path of measured errors (`ndp-gym quality measure`); `None`: those of the system's format |
     | `conditions` | `None` | what every episode draws: `"fix"` (or `None`: nothing), `"rand"`, `"hidden"`, `"drift"` |
     | `render_mode` | `None` | `"ansi"`: `render()` returns the placement as text |
 
     All arguments may be plain JSON, so that `env.spec.to_json()` names the environment exactly;
-    recordings, specs and `ndp_gym.conditions.Conditions` may also be given as objects.
+    recordings, specs, error models and `ndp_gym.conditions.Conditions` may also be given as objects.
 
     What a preset of `conditions` draws takes the place of the argument:
 
@@ -184,6 +185,7 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
         max_windows: int | None = 64,
         action: str = "scores",
         quality_weight: str | float = "balanced",
+        quality: QualityLike = None,
         conditions: str | Conditions | None = None,
         render_mode: str | None = None,
     ) -> None:
@@ -208,6 +210,7 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
             max_windows=max_windows,
             action=action,
             quality_weight=quality_weight,
+            quality=quality,
             conditions=conditions,
         )
         self.observation_space = self.episodes.observation_space

@@ -18,7 +18,16 @@ from ndp_gym.bounds import observation_space
 from ndp_gym.budget import HbmBudget
 from ndp_gym.conditions import Conditions, find_conditions
 from ndp_gym.encoding import encoding_of
-from ndp_gym.inputs import ModelLike, SystemLike, TraceLike, find_model, find_system, open_trace
+from ndp_gym.inputs import (
+    ModelLike,
+    QualityLike,
+    SystemLike,
+    TraceLike,
+    find_model,
+    find_quality,
+    find_system,
+    open_trace,
+)
 from ndp_gym.lanes import Lanes, Observations
 from ndp_gym.outcome import Outcome
 from ndp_gym.reward import quality_weight as weight_of
@@ -84,24 +93,27 @@ class Episodes:
         max_windows: int | None,
         action: str,
         quality_weight: str | float,
+        quality: QualityLike,
         conditions: str | Conditions | None,
     ) -> None:
         """Open the recording and size everything; every lane then waits for `reset`."""
         if max_windows is not None:
             check_count("max_windows", max_windows)
         opened = open_trace(trace)
+        found_model, found_system = find_model(model, opened), find_system(system)
         drawn_from, shares = find_conditions(conditions), _share_range(hbm_budget)
         if shares and drawn_from.hbm_budget is None:
             drawn_from = replace(drawn_from, hbm_budget=shares)
         self.lanes = Lanes(
             opened,
-            find_model(model, opened),
-            find_system(system),
+            found_model,
+            found_system,
             n_lanes=n_lanes,
             batch_size=batch_size,
             window=window,
             hbm_budget=shares[1] if shares else hbm_budget,  # type: ignore[arg-type]
             scheduling=scheduling,
+            quality=find_quality(quality, found_model, found_system),
             quality_weight=weight_of(quality_weight),
             conditions=drawn_from,
         )

@@ -6,6 +6,7 @@ two placements that need no far device, so that a speed-up always says against w
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,11 +20,13 @@ from ndp_gym.contenders import Contender, PolicyLike, all_far4, all_hbm_rows, co
 from ndp_gym.inputs import (
     Inputs,
     ModelLike,
+    QualityLike,
     SystemLike,
     TraceLike,
     check_integer,
     combinations,
     distinct_integers,
+    find_quality,
     trace_argument,
 )
 from ndp_gym.policy import InfeasibleError, MissingProfileError
@@ -35,6 +38,7 @@ from ndp_gym.provenance import (
     spec_facts,
 )
 from ndp_gym.quality import QualityModel
+from ndp_gym.quality_file import QualityFile
 from ndp_gym.regret import add_regret, bounds_of
 from ndp_gym.results import AtQuality, Condition, EvaluationResult, Row, at_quality
 from ndp_gym.reward import quality_weight as weight_of
@@ -62,7 +66,7 @@ def evaluate(
     split: str = "test",
     scheduling: Scheduling = "continuous",
     quality_weight: str | float = "balanced",
-    quality: QualityModel | None = None,
+    quality: QualityLike = None,
     max_windows: int | None = None,
     seeds: Sequence[int] = (0,),
     actual_systems: Mapping[str, SystemSpec] | None = None,
@@ -89,8 +93,8 @@ def evaluate(
         split: ``test``, or ``train`` and ``val`` for tuning and selection.
         scheduling: ``continuous`` or ``static`` batching.
         quality_weight: a name of `ndp_gym.reward.QUALITY_WEIGHTS`, or 1/nat.
-        quality: error model; the default one if ``None``, whose kappa was fitted with ``mse_g128``:
-            rows of other formats are then marked.
+        quality: error model, or path of measured errors; the default one if ``None``, whose kappa
+            was fitted with ``mse_g128``: rows of other formats are then marked.
         max_windows: stop each run early.
         seeds: for policies that draw random numbers, distinct.
         actual_systems: by nominal name, the system that really runs where it differs from what
@@ -116,13 +120,13 @@ def evaluate(
     studies: list[Study] = []
     task_of = partial(
         Task, window=window, hbm_budget=hbm_budget, split=split, scheduling=scheduling,
-        quality=quality or QualityModel(), kappa_given=quality is not None,
-        quality_weight=weight_of(quality_weight), max_windows=max_windows,
+        kappa_given=quality is not None, quality_weight=weight_of(quality_weight),
+        max_windows=max_windows,
     )  # fmt: skip
-    provenance = _provenance(command, seeds, quality or QualityModel())
+    provenance = _provenance(command, seeds, quality)
     found = combinations(traces, models, systems)
-    for label, task in _tasks(found, batch_sizes, task_of, actual_systems or {}, provenance):
-        here = _condition(taking_part, task, seeds, _facts(label, task), progress, bound=bound)
+    for facts, task in _tasks(found, batch_sizes, task_of, actual_systems, provenance, quality):
+        here = _condition(taking_part, task, seeds, facts, progress, bound=bound)
         rows += here
         quality_rows += at_quality(here)
         if uncertainty:
@@ -144,10 +148,12 @@ def _tasks(
     found: Iterable[Inputs],
     batch_sizes: Sequence[int],
     task_of: Callable[..., Task],
-    actual_systems: Mapping[str, SystemSpec],
+    actual_systems: Mapping[str, SystemSpec] | None,
     provenance: dict[str, Any],
-) -> Iterator[tuple[str, Task]]:
-    """Label of the recording and task of every condition; each is added to the provenance."""
+    quality: QualityLike,
+) -> Iterator[tuple[dict[str, Any], Task]]:
+    """Fields that rows share, and task, of every condition; each is added to the provenance."""
+    actual_systems = actual_systems or {}
     for name, actual in actual_systems.items():
         if actual.name == name:
             raise ValueError(f"the actual system of {name!r} must have a name of its own")
@@ -156,18 +162,18 @@ def _tasks(
         for actual in actual_systems.values():
             provenance["systems"][actual.name] = spec_facts(actual)
         profile = train_profile(inputs.trace)
+        error_model = find_quality(quality, inputs.model, inputs.system)
         for batch_size in batch_sizes:
-            yield (
-                inputs.label,
-                task_of(
-                    trace=inputs.trace,
-                    model=inputs.model,
-                    system=inputs.system,
-                    actual=actual_systems.get(inputs.system.name),
-                    batch_size=batch_size,
-                    profile=profile,
-                ),
+            task = task_of(
+                trace=inputs.trace,
+                model=inputs.model,
+                system=inputs.system,
+                actual=actual_systems.get(inputs.system.name),
+                quality=error_model,
+                batch_size=batch_size,
+                profile=profile,
             )
+            yield _facts(inputs.label, task, quality), task
 
 
 def _condition(
@@ -279,7 +285,7 @@ def _scores(
     return scores
 
 
-def _facts(label: str, task: Task) -> dict[str, Any]:
+def _facts(label: str, task: Task, quality: QualityLike) -> dict[str, Any]:
     """The fields that all rows of one condition share."""
     kwargs = {
         "trace": trace_argument(task.trace),
@@ -293,6 +299,8 @@ def _facts(label: str, task: Task) -> dict[str, Any]:
         "max_windows": task.max_windows,
         "quality_weight": task.quality_weight,
     }
+    if isinstance(quality, str | os.PathLike):
+        kwargs["quality"] = os.fspath(quality)
     shared = ("model", "system", "batch_size", "window", "split", "scheduling", "quality_weight")
     return {
         "trace": label,
@@ -305,14 +313,19 @@ def _facts(label: str, task: Task) -> dict[str, Any]:
     }
 
 
-def _provenance(command: str | None, seeds: Sequence[int], quality: QualityModel) -> dict[str, Any]:
+def _provenance(command: str | None, seeds: Sequence[int], quality: QualityLike) -> dict[str, Any]:
+    if isinstance(quality, str | os.PathLike):
+        measured = QualityModel(table=QualityFile.open(quality).relative_error)
+        error_facts = {**quality_facts(measured), "file": os.fspath(quality)}
+    else:
+        error_facts = quality_facts(quality or QualityModel())
     return {
         "command": " ".join(sys.argv) if command is None else command,
         "commit": git_commit(),
         "env_id": ndp_gym.ENV_ID,
         "versions": dict(package_versions()),
         "seeds": list(seeds),
-        "quality": quality_facts(quality),
+        "quality": error_facts,
         "traces": {},
         "models": {},
         "systems": {},

@@ -33,12 +33,11 @@ from ndp_gym.batch import Simulator
 from ndp_gym.budget import HbmBudget
 from ndp_gym.contenders import Contender, PolicyLike, all_far4, all_hbm_rows, contenders
 from ndp_gym.cost import expert_bytes
-from ndp_gym.inputs import ModelLike, SystemLike, TraceLike, combinations
+from ndp_gym.inputs import ModelLike, QualityLike, SystemLike, TraceLike, combinations, find_quality
 from ndp_gym.memory import gate_profile
 from ndp_gym.outcome import Outcome
 from ndp_gym.packing import window_arrays
 from ndp_gym.plan import FAR, HBM
-from ndp_gym.quality import QualityModel
 from ndp_gym.reward import quality_weight as weight_of
 from ndp_gym.rollout import Measurement, Replayed, Task, run_policy, train_profile
 from ndp_gym.schedule import Scheduling
@@ -114,6 +113,7 @@ def explain(
     split: str = "test",
     scheduling: Scheduling = "continuous",
     quality_weight: str | float = "balanced",
+    quality: QualityLike = None,
     max_windows: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -136,7 +136,7 @@ def explain(
         hbm_budget=hbm_budget,
         split=split,
         scheduling=scheduling,
-        quality=QualityModel(),
+        quality=find_quality(quality, inputs.model, inputs.system),
         quality_weight=weight_of(quality_weight),
         max_windows=max_windows,
         profile=train_profile(inputs.trace),

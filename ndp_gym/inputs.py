@@ -10,6 +10,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from ndp_gym import presets
+from ndp_gym.quality import QualityModel
+from ndp_gym.quality_file import QualityFile
 from ndp_gym.specs import MoESpec, SystemSpec
 from ndp_gym.trace import RoutingTrace
 
@@ -17,6 +19,7 @@ __all__ = [
     "DEFAULT_SYSTEM",
     "Inputs",
     "ModelLike",
+    "QualityLike",
     "SystemLike",
     "TraceLike",
     "bundled_trace_path",
@@ -24,6 +27,7 @@ __all__ = [
     "combinations",
     "distinct_integers",
     "find_model",
+    "find_quality",
     "find_system",
     "open_trace",
     "trace_argument",
@@ -35,6 +39,7 @@ _BUNDLED = "minimoe.safetensors"
 TraceLike = str | os.PathLike[str] | RoutingTrace | None
 ModelLike = str | MoESpec | None
 SystemLike = str | SystemSpec | None
+QualityLike = str | os.PathLike[str] | QualityModel | None
 _Spec = TypeVar("_Spec", MoESpec, SystemSpec)
 
 
@@ -99,6 +104,22 @@ def find_model(model: ModelLike, trace: RoutingTrace) -> MoESpec:
 def find_system(system: SystemLike = None) -> SystemSpec:
     """The system behind a preset name; ``None`` is the default one."""
     return system if isinstance(system, SystemSpec) else presets.system(system or DEFAULT_SYSTEM)
+
+
+def find_quality(quality: QualityLike, model: MoESpec, system: SystemSpec) -> QualityModel:
+    """The error model behind a file of measured errors; ``None`` is the default one.
+
+    Raises:
+        ValueError: not such a file, or one of another model or at other widths.
+        OSError: the file cannot be read.
+    """
+    if quality is None or isinstance(quality, QualityModel):
+        return quality or QualityModel()
+    try:
+        return QualityFile.open(quality).model_for(model, system)
+    except ValueError as error:
+        text, path = str(error), os.fspath(quality)
+        raise ValueError(text if text.startswith(path) else f"{path}: {text}") from None
 
 
 def combinations(

@@ -23,7 +23,16 @@ from stable_baselines3.common.vec_env.base_vec_env import (
 )
 
 from ndp_gym.budget import HbmBudget
-from ndp_gym.inputs import ModelLike, SystemLike, TraceLike, find_model, find_system, open_trace
+from ndp_gym.inputs import (
+    ModelLike,
+    QualityLike,
+    SystemLike,
+    TraceLike,
+    find_model,
+    find_quality,
+    find_system,
+    open_trace,
+)
 from ndp_gym.lanes import Lanes
 from ndp_gym.layer_agents import ACTIONS, LayerAgents, layer_rewards
 from ndp_gym.reward import quality_weight as weight_of
@@ -68,6 +77,7 @@ class LayerVecEnv(VecEnv):
         scheduling: Scheduling = "continuous",
         max_windows: int = 64,
         quality_weight: str | float = "balanced",
+        quality: QualityLike = None,
         own: float = 1.0,
     ) -> None:
         """Open the recording; nothing is reset yet."""
@@ -75,9 +85,11 @@ class LayerVecEnv(VecEnv):
             raise ValueError(f"own must be in 0..1, got {own}")
         self.render_mode = None
         opened = open_trace(trace)
+        found_model, found_system = find_model(model, opened), find_system(system)
         self.lanes = Lanes(
-            opened, find_model(model, opened), find_system(system), n_lanes=n_lanes,
+            opened, found_model, found_system, n_lanes=n_lanes,
             batch_size=batch_size, window=window, hbm_budget=hbm_budget, scheduling=scheduling,
+            quality=find_quality(quality, found_model, found_system),
             quality_weight=weight_of(quality_weight),
         )  # fmt: skip
         self.agents = LayerAgents(

@@ -20,7 +20,7 @@ from ndp_gym.budget import HbmBudget
 from ndp_gym.conditions import Conditions
 from ndp_gym.env import NDPPlacementEnv, check_render_mode, render_lane
 from ndp_gym.episodes import Episodes, Stepped
-from ndp_gym.inputs import ModelLike, SystemLike, TraceLike
+from ndp_gym.inputs import ModelLike, QualityLike, SystemLike, TraceLike
 from ndp_gym.lanes import Observations
 from ndp_gym.schedule import Scheduling, check_count
 
@@ -57,6 +57,7 @@ class NDPPlacementVectorEnv(VectorEnv[Observations, NDArray[Any], NDArray[Any]])
         max_windows: int | None = 64,
         action: str = "scores",
         quality_weight: str | float = "balanced",
+        quality: QualityLike = None,
         conditions: str | Conditions | None = None,
         render_mode: str | None = None,
         autoreset_mode: str | AutoresetMode = "next_step",
@@ -85,6 +86,7 @@ class NDPPlacementVectorEnv(VectorEnv[Observations, NDArray[Any], NDArray[Any]])
             max_windows=max_windows,
             action=action,
             quality_weight=quality_weight,
+            quality=quality,
             conditions=conditions,
         )
         self.single_observation_space = self.episodes.observation_space

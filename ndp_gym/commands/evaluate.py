@@ -47,6 +47,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--scheduling", choices=("continuous", "static"), default="continuous")
     add("--quality-weight", metavar="Q", default="balanced",
         help="speed, balanced, quality, or reward per nat (default: balanced)")  # fmt: skip
+    add("--quality", metavar="F",
+        help="measured errors (ndp-gym quality; default: the system's format)")  # fmt: skip
     add("--max-windows", metavar="N", type=int, help="stop each run after N windows")
     add("--seeds", metavar="N", type=int, default=1, help="seeds of random policies (default: 1)")
     add("--uncertainty", metavar="N", type=int, default=0,
@@ -80,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
             split=args.split,
             scheduling=args.scheduling,
             quality_weight=_number_or_name(args.quality_weight),
+            quality=args.quality,
             max_windows=positive("--max-windows", args.max_windows),
             seeds=range(_at_least_one("--seeds", args.seeds)),
             uncertainty=args.uncertainty,
