@@ -15,10 +15,11 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An argument parser that reports bad usage in one sentence."""
 
     def error(self, message: str) -> NoReturn:
+        """Print what is wrong and leave with exit code 2."""
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
@@ -31,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``ndp-gym`` with one sub-command per module of ``ndp_gym.commands``."""
-    parser = _Parser(
+    parser = Parser(
         prog="ndp-gym",
         description="Place and quantize MoE experts across a GPU and a near-data processor.",
     )
@@ -52,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for bad input (one sentence on stderr), 130 when interrupted.
     """
     args = build_parser().parse_args(argv)
+    return run_command("ndp-gym", args)
+
+
+def run_command(program: str, args: argparse.Namespace) -> int:
+    """The exit code of ``args.func(args)``; an error is one sentence after ``program``."""
     try:
         code: int = args.func(args)
         sys.stdout.flush()
@@ -61,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        print(f"ndp-gym: {_sentence(error)}", file=sys.stderr)
+        print(f"{program}: {_sentence(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return code
 

@@ -20,6 +20,8 @@ from ndp_gym.trace_metadata import (
 )
 from ndp_gym.trace_requests import Requests, assign_splits
 
+_COMPARED_VALUES = 2**22  # ids compared at a time
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
@@ -129,7 +131,7 @@ def build_trace(
         gates = recording.gate_weights
         trace = RoutingTrace.from_arrays(
             recording.expert_ids[keep],
-            _requests(segments, options.seed),
+            request_table(segments, options.seed),
             metadata,
             gate_weights=None if gates is None else gates[keep],
         )
@@ -137,7 +139,7 @@ def build_trace(
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     warnings += _missing_warning(recording)
-    warnings += _content_warnings(trace, loops_cut=recording.loops_cut)
+    warnings += content_warnings(trace, loops_cut=recording.loops_cut)
     return ImportResult(trace, format_name, tuple(warnings))
 
 
@@ -204,7 +206,12 @@ def _without_prefix(
     return keep, shorter
 
 
-def _requests(segments: Sequence[Segment], seed: int) -> Requests:
+def request_table(segments: Sequence[Segment], seed: int) -> Requests:
+    """The table of segments that follow each other, splits dealt out by conversation and domain.
+
+    ``n_prompt`` must be known.
+    """
+
     def column(name: str) -> npt.NDArray[np.int64]:
         return np.array([getattr(segment, name) for segment in segments], dtype=np.int64)
 
@@ -232,7 +239,8 @@ def _metadata(
     format_name: str,
     warnings: list[str],
 ) -> TraceMetadata:
-    preset = _preset(options.model or (known.preset if known else None), recording)
+    shape = recording.expert_ids.shape
+    preset = matching_preset(options.model or (known.preset if known else None), *shape[1:])
     if options.model and preset is None:
         warnings.append(
             f"{options.model!r} is not a model preset (ndp-gym list models): taken as a name only, "
@@ -284,26 +292,29 @@ def _missing_warning(recording: Recording) -> list[str]:
     ]
 
 
-def _preset(name: str | None, recording: Recording) -> tuple[str, int] | None:
-    """Name and E of the model preset called ``name``; None if there is none of that name."""
+def matching_preset(name: str | None, n_layers: int, top_k: int) -> tuple[str, int] | None:
+    """Name and E of the model preset called ``name``; None if there is none of that name.
+
+    Raises:
+        ValueError: It has other layers or another K.
+    """
     from ndp_gym import presets
 
     if name is None or name not in presets.names("models"):
         return None
     spec = presets.model(name)
-    shape = recording.expert_ids.shape[1:]
-    if (spec.n_layers, spec.top_k) != shape:
+    if (spec.n_layers, spec.top_k) != (n_layers, top_k):
         raise ValueError(
             f"model {name} has {spec.n_layers} routed layers and top_k {spec.top_k}, "
-            f"got {shape[0]} and {shape[1]}"
+            f"got {n_layers} and {top_k}"
         )
     return name, spec.n_experts
 
 
-def _content_warnings(trace: RoutingTrace, *, loops_cut: bool) -> list[str]:
+def content_warnings(trace: RoutingTrace, *, loops_cut: bool) -> list[str]:
+    """What the user should know about the rows and requests of a trace that is valid."""
     warnings = []
-    ids = np.sort(trace.expert_ids, axis=2)
-    repeats = float((ids[1:] == ids[:-1]).all(axis=(1, 2)).mean()) if trace.n_rows > 1 else 0.0
+    repeats = _repeated_share(trace)
     if repeats > 0.2:
         warnings.append(
             f"{repeats:.0%} of the rows repeat the row before them in every layer: "
@@ -324,3 +335,13 @@ def _content_warnings(trace: RoutingTrace, *, loops_cut: bool) -> list[str]:
     if trace.metadata.phases == PHASES_ASSUMED:
         warnings.append(f"the prompt is not marked in the file: {PHASES_ASSUMED}")
     return warnings
+
+
+def _repeated_share(trace: RoutingTrace) -> float:
+    """Share of the rows whose sets equal those of the row before, in every layer."""
+    step = max(1, _COMPARED_VALUES // (trace.n_layers * trace.top_k))
+    n_repeats = 0
+    for first in range(0, trace.n_rows - 1, step):
+        ids = np.sort(trace.expert_ids[first : first + step + 1], axis=2)
+        n_repeats += int((ids[1:] == ids[:-1]).all(axis=(1, 2)).sum())
+    return n_repeats / max(1, trace.n_rows - 1)
