@@ -8,9 +8,13 @@ of the range would be useless.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+
+from ndp_gym.quantizer_loops import search
 
 __all__ = ["GROUP", "group_sizes", "quantize", "relative_error", "stored_bits_per_weight"]
 
@@ -22,9 +26,11 @@ CLIPS = np.linspace(1.0, 0.3, 61, dtype=np.float32)
 
 MAX_BITS = 8
 _PARAMETER_BITS = 16  # of a scale or a zero point
-_BLOCK = 1 << 15  # weights searched at once: what fits the cache of a core
+_BLOCK = 1 << 18  # weights searched at once
 
 Array = npt.NDArray[np.float32]
+Block = tuple[slice, slice, int]
+"""Rows, columns and group size of a part of a matrix."""
 
 
 def quantize(weight: npt.ArrayLike, bits: int, group: int = GROUP) -> Array:
@@ -42,28 +48,31 @@ def quantize(weight: npt.ArrayLike, bits: int, group: int = GROUP) -> Array:
         ValueError: if the matrix is not 2-d, finite and non-empty, or ``bits`` or ``group`` is out
             of range.
     """
-    matrix, exponent = _normalised(weight)
+    matrix, exponent = _checked(weight, bits)
     dequantized = np.empty_like(matrix)
     for rows, columns, size in _blocks(matrix.shape, group):
-        block = matrix[rows, columns]
-        dequantized[rows, columns] = _stored(block.reshape(-1, size), bits).reshape(block.shape)
-    return np.asarray(np.ldexp(dequantized, exponent), dtype=np.float32)
+        block = np.ldexp(matrix[rows, columns], -exponent)
+        groups = np.ascontiguousarray(block).reshape(-1, size)
+        stored = _signs(groups) if bits == 1 else _clip_searched(groups, bits)
+        dequantized[rows, columns] = np.ldexp(stored, exponent).reshape(block.shape)
+    return dequantized
 
 
-def relative_error(weight: npt.ArrayLike, bits: int, group: int = GROUP) -> float:
+def relative_error(
+    weight: npt.ArrayLike, bits: int, group: int = GROUP, pool: ThreadPoolExecutor | None = None
+) -> float:
     """``||W^ - W||^2 / ||W||^2`` for W^ of :func:`quantize`; 0 for a matrix of zeros.
+
+    ``pool`` shares the work between threads, with the same result.
 
     Raises:
         ValueError: as :func:`quantize`.
     """
-    matrix, _ = _normalised(weight)
-    lost = total = 0.0
-    for rows, columns, size in _blocks(matrix.shape, group):
-        groups = matrix[rows, columns].reshape(-1, size)
-        difference = _stored(groups, bits) - groups
-        lost += float(np.sum(np.square(difference), dtype=np.float64))
-        total += float(np.sum(np.square(groups), dtype=np.float64))
-    return lost / total if total > 0 else 0.0
+    matrix, exponent = _checked(weight, bits)
+    blocks = _blocks(matrix.shape, group)
+    errors = (pool.map if pool else map)(partial(_block_error, matrix, exponent, bits), blocks)
+    lost, total = np.array(list(errors)).sum(axis=0)
+    return float(lost / total) if total > 0 else 0.0
 
 
 def group_sizes(n_inputs: int, group: int = GROUP) -> list[int]:
@@ -88,20 +97,21 @@ def stored_bits_per_weight(n_inputs: int, bits: int, group: int = GROUP) -> floa
     return bits + _PARAMETER_BITS * parameters * len(group_sizes(n_inputs, group)) / n_inputs
 
 
-def _normalised(weight: npt.ArrayLike) -> tuple[Array, int]:
-    """The checked matrix times the power of two that brings its largest entry to 0.5..1."""
+def _checked(weight: npt.ArrayLike, bits: int) -> tuple[Array, int]:
+    """The matrix in single precision, and the power of two just above its largest entry."""
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"bits must be in 1..{MAX_BITS}, got {bits}")
     matrix = np.asarray(weight, dtype=np.float32)
     if matrix.ndim != 2 or matrix.size == 0:
         raise ValueError(f"weight must be a matrix [out, in], got shape {matrix.shape}")
     largest = max(float(matrix.max()), -float(matrix.min()))
     if not np.isfinite(largest):
         raise ValueError("weight must be finite, got nan or infinity")
-    exponent = int(np.frexp(largest)[1])
-    return np.ldexp(matrix, -exponent), exponent
+    return matrix, int(np.frexp(largest)[1])
 
 
-def _blocks(shape: tuple[int, ...], group: int) -> Iterator[tuple[slice, slice, int]]:
-    """Rows and columns that hold whole groups of one size, few enough to stay in the cache."""
+def _blocks(shape: tuple[int, ...], group: int) -> Iterator[Block]:
+    """Parts of a matrix that hold whole groups of one size."""
     n_rows, n_columns = shape
     sizes = group_sizes(n_columns, group)
     start = 0
@@ -113,11 +123,16 @@ def _blocks(shape: tuple[int, ...], group: int) -> Iterator[tuple[slice, slice, 
         start = stop
 
 
-def _stored(groups: Array, bits: int) -> Array:
-    """Groups [n, size] as they are after storing them."""
-    if not 1 <= bits <= MAX_BITS:
-        raise ValueError(f"bits must be in 1..{MAX_BITS}, got {bits}")
-    return _signs(groups) if bits == 1 else _clip_searched(groups, bits)
+def _block_error(matrix: Array, exponent: int, bits: int, block: Block) -> tuple[float, float]:
+    """Squared error and squared norm of one part, of weights scaled into -1..1."""
+    rows, columns, size = block
+    scaled = np.ldexp(matrix[rows, columns], -exponent)
+    groups = np.ascontiguousarray(scaled).reshape(-1, size)
+    if bits == 1:
+        lost = np.sum(np.square(_signs(groups) - groups), dtype=np.float64)
+    else:
+        lost = np.sum(_searched(groups, bits)[3], dtype=np.float64)
+    return float(lost), float(np.sum(np.square(groups), dtype=np.float64))
 
 
 def _signs(groups: Array) -> Array:
@@ -125,29 +140,18 @@ def _signs(groups: Array) -> Array:
     return np.asarray(np.where(groups >= 0, magnitude, -magnitude), dtype=np.float32)
 
 
+def _searched(groups: Array, bits: int) -> tuple[Array, Array, Array, Array]:
+    """Low end, step, best clip and squared error of every group, [n] each."""
+    found = tuple(np.empty(len(groups), np.float32) for _ in range(4))
+    search(groups, CLIPS, np.float32(2**bits - 1), *found)
+    low, step, clip, error = found
+    return low, step, clip, error
+
+
 def _clip_searched(groups: Array, bits: int) -> Array:
-    """Levels ``low * clip + step * clip * q`` with q in 0..2^bits-1, clip the best of the grid."""
-    top = np.float32(2**bits - 1)
-    low = groups.min(axis=1, keepdims=True)
-    step = (groups.max(axis=1, keepdims=True) - low) / top
-    step = np.where(step > 0, step, np.float32(1))  # a constant group is exact at clip 1
-    position, offset = (groups - low) / step, low / step
-    best_clip = np.ones_like(low)
-    least = np.full_like(low, np.inf)
-    level = np.empty_like(groups)
-    exact = np.empty_like(groups)
-    for clip in CLIPS:
-        stretch = np.float32(1) / clip
-        np.multiply(position, stretch, out=exact)
-        exact += offset * (stretch - np.float32(1))
-        np.rint(exact, out=level)
-        np.clip(level, 0, top, out=level)
-        level -= exact
-        error = np.einsum("ij,ij->i", level, level)[:, None] * (clip * clip)
-        better = error < least
-        np.copyto(best_clip, clip, where=better)
-        np.copyto(least, error, where=better)
-    stretch = np.float32(1) / best_clip
-    exact = position * stretch + offset * (stretch - np.float32(1))
-    level = np.clip(np.rint(exact), 0, top)
-    return np.asarray((low + step * level) * best_clip, dtype=np.float32)
+    """Levels ``(low + step * q) * clip`` with q in 0..2^bits-1, clip the best of the grid."""
+    low, step, clip, _ = (column[:, None] for column in _searched(groups, bits))
+    stretch = np.float32(1) / clip
+    exact = (groups - low) / step * stretch + low / step * (stretch - np.float32(1))
+    level = np.clip(np.rint(exact), 0, np.float32(2**bits - 1))
+    return np.asarray((low + step * level) * clip, dtype=np.float32)

@@ -16,7 +16,7 @@ ROOMS = {
     "presets": "presets",
     "trace": "trace trace_content trace_counts trace_file trace_loops trace_metadata trace_predict "
     "trace_requests trace_spans trace_stats synthesize replay replay_kernel importers",
-    "quality": "quality quality_file quantizers",
+    "quality": "quality quality_file quantizers quantizer_loops",
     "cost": "cost budget",
     "plan": "plan policy policy_calls predictor bit_ladder forecast fillings allocation planners",
     "simulate": "kernel_data kernel simulate state outcome outcome_loops packing batch",

@@ -1,5 +1,6 @@
 """The project's own quantizers against the reference table, hand-computed values and laws."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -118,6 +119,13 @@ def test_error_is_that_of_the_dequantized_matrix(w: np.ndarray, bits: int, group
     difference = quantize(w, bits, group).astype(np.float64) - w
     expected = np.sum(difference**2) / np.sum(w.astype(np.float64) ** 2)
     assert relative_error(w, bits, group) == pytest.approx(expected, rel=1e-4, abs=1e-12)
+
+
+def test_threads_do_not_change_the_error(gaussian: np.ndarray) -> None:
+    weight = gaussian[:, :2000]  # groups of 125, more rows than one block holds
+    with ThreadPoolExecutor(3) as pool:
+        for bits in (1, 3):
+            assert relative_error(weight, bits, pool=pool) == relative_error(weight, bits)
 
 
 @settings(max_examples=30, deadline=None)
