@@ -16,13 +16,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ndp_gym.cost import CostTable
 from ndp_gym.lanes import Observations
+from ndp_gym.layer_facts import LaneFacts
 from ndp_gym.layer_features import FEATURES, Estimate, features_of, outside_s
 from ndp_gym.layer_forecast import LaneForecaster, Routing, entry
 from ndp_gym.outcome import Outcome
 from ndp_gym.plan import HBM
-from ndp_gym.planners import facts_of
+from ndp_gym.planners import Facts, facts_of
 from ndp_gym.quality import QualityModel, layer_weights
 from ndp_gym.specs import MoESpec, SystemSpec
 
@@ -52,9 +52,9 @@ class LayerAgents:
 
     Args:
         model: sizes.
-        system: the nominal system.
+        system: the nominal system of lanes that `reset` gives no other.
         quality: error model.
-        quality_weight: reward lost per nat.
+        quality_weight: reward lost per nat, likewise.
         window: decode steps per plan.
         n_lanes: lanes N.
         profile: [L, E] loads on the train split, where known.
@@ -83,17 +83,29 @@ class LayerAgents:
         self.features = dict(features)
         self._shape = (model.n_layers, model.n_experts)
         self._top_k, self._window = model.top_k, window
-        self._facts = facts_of(model, system, quality, quality_weight, window)
+        self._told = system, quality_weight
+        self._model, self._quality = model, quality
+        self._facts = LaneFacts(self._facts_of(*self._told), n_lanes)
+        self._lane_told = [self._told] * n_lanes
         self._weights = layer_weights(model)
         self._forecaster = LaneForecaster(n_lanes, self._shape, profile)
         self._wanted = np.zeros((n_lanes, *self._shape), np.int64)
         self._has_plan = np.zeros(n_lanes)
         self._loops = import_module("ndp_gym.layer_loops")  # numba comes with it
-        self._table = _loop_table(self._facts.table, window, model.top_k)
         self._seen: tuple[Observations, Routing, Estimate] | None = None
 
-    def reset(self, lane: int) -> None:
-        """Start one lane's episode."""
+    def _facts_of(self, system: SystemSpec, quality_weight: float) -> Facts:
+        return facts_of(self._model, system, self._quality, quality_weight, self._window)
+
+    def reset(
+        self, lane: int, system: SystemSpec | None = None, quality_weight: float | None = None
+    ) -> None:
+        """Start one lane's episode, with other nominal facts than at construction if given."""
+        usual, weight = self._told
+        told = system or usual, weight if quality_weight is None else quality_weight
+        if told != self._lane_told[lane]:
+            self._facts.put(lane, self._facts_of(*told))
+            self._lane_told[lane] = told
         self._forecaster.reset(lane)
         self._wanted[lane] = 0
         self._has_plan[lane] = 0
@@ -141,10 +153,11 @@ class LayerAgents:
         """Plans, and the HBM bytes [N, L] that they are charged."""
         assert self._seen is not None
         observations, routing, estimate = self._seen
+        facts = self._facts
         share = self._forecaster.mixed(routing, actions[..., ACTIONS.index("mix")])
         load, active = _expected(share, estimate.n_tokens, self._top_k)
         energy = 0.5 * routing.gates + 0.5 * share
-        lost = self._facts.loss * energy[..., None] + self._facts.guard
+        lost = facts.loss * energy[..., None] + facts.guard
         is_near = observations["tier"] == HBM
         present = np.where(is_near, observations["bitwidth"], 0).astype(np.int64)
         shape = present.shape
@@ -152,27 +165,42 @@ class LayerAgents:
         used = np.empty(shape[:2])
         self._loops.decide(
             actions, (load, active, estimate.n_tokens), (present, self._wanted), rations,
-            (1 / estimate.step_s, lost, self._has_plan), self._table, self._facts.in_place,
+            (1 / estimate.step_s, lost, self._has_plan), self._table(), facts.shared.in_place,
             *decided, used,
         )  # fmt: skip
         return decided, used
 
+    def _table(self) -> tuple[object, ...]:
+        """Nominal costs as `ndp_gym.layer_loops.decide` reads them."""
+        facts, table = self._facts, self._facts.shared.table
+        of_lanes = (
+            facts.gpu_token_s, facts.link_latency_s, facts.activation_token_s, facts.far_floor_s,
+        )  # fmt: skip
+        shared = float(table.far_min_tokens), float(self._window), float(self._top_k)
+        return (
+            table.bits, table.weight_bytes.astype(np.float64), table.index_of, facts.gpu_weight_s,
+            facts.gpu_launch_s, facts.far_weight_s, facts.copy_s, facts.far_token_s, of_lanes,
+            shared,
+        )  # fmt: skip
+
     def _estimate(self, observations: Observations, share: FloatArray) -> Estimate:
         """Nominal seconds of a decode step for the expected routing, and what was measured."""
-        table, context = self._facts.table, observations["context"]
+        facts, context = self._facts, observations["context"]
+        table = facts.shared.table
         n_tokens = np.maximum(entry(context, "n_live"), 1.0)
         load, active = _expected(share, n_tokens, self._top_k)
-        layers_s, rest_s = outside_s(table, n_tokens, n_tokens * entry(context, "mean_context"))
+        layers_s, rest_s = outside_s(facts, n_tokens, n_tokens * entry(context, "mean_context"))
         middle = int(np.abs(table.bits - 4).argmin())
-        one_s = np.maximum(
-            table.far_weight_s[middle],
-            np.maximum(load / np.maximum(active, 1e-12), table.far_min_tokens)
-            * table.far_token_s[middle],
+        weight_s, token_s, copy_s, read_s = (
+            column[:, middle, None, None]
+            for column in (facts.far_weight_s, facts.far_token_s, facts.copy_s, facts.gpu_weight_s)
         )
-        if not self._facts.in_place:
-            one_s = np.full_like(load, table.copy_s[middle] + table.gpu_weight_s[middle])
+        tokens = np.maximum(load / np.maximum(active, 1e-12), table.far_min_tokens)
+        one_s = np.maximum(weight_s, tokens * token_s)
+        if not facts.shared.in_place:
+            one_s = np.broadcast_to(copy_s + read_s, load.shape)
         far_s = (active * one_s).sum(axis=-1)
-        gpu_s = active.sum(axis=-1) * table.gpu_weight_s[middle]
+        gpu_s = active.sum(axis=-1) * read_s[..., 0]
         seconds = observations["layer"].astype(np.float64)
         measured_s = seconds[..., 0] + seconds[..., 3]
         is_measured = measured_s.any(axis=1, keepdims=True)
@@ -191,7 +219,10 @@ class LayerAgents:
 
 
 def layer_rewards(
-    outcome: Outcome, model: MoESpec, quality: QualityModel, quality_weight: float
+    outcome: Outcome,
+    model: MoESpec,
+    quality: QualityModel,
+    quality_weight: float | FloatArray,
 ) -> FloatArray:
     """[N, L] difference rewards: what each layer adds to the window's reward, times L.
 
@@ -199,7 +230,8 @@ def layer_rewards(
     the environment's reward minus what it would be had this layer been served as in the reference.
     Its gradient in the layer's own seconds is that of the environment's reward. (``learning.md``
     has ``(t_ref - t) / T``; far from the reference its mean, ``T_ref / T - 1``, pays for speed at
-    any price.) Requantisation and the guard of super experts belong to no layer.
+    any price.) Requantisation and the guard of super experts belong to no layer. ``quality_weight``
+    may be one per lane, [N].
     """
     seconds = outcome.decode_s[:, None]
     speed = np.log((seconds - outcome.layer_s + outcome.ref_layer_s) / seconds)
@@ -207,23 +239,12 @@ def layer_rewards(
         outcome.layer_energy, 1e-300
     )
     lost = quality.kappa * layer_weights(model) * error
-    rewards: FloatArray = model.n_layers * (speed - quality_weight * lost)
+    rewards: FloatArray = model.n_layers * (speed - np.asarray(quality_weight)[..., None] * lost)
     return rewards
 
 
 def _expected(share: FloatArray, n_tokens: FloatArray, top_k: int) -> tuple[FloatArray, FloatArray]:
     """Tokens per step and probability of any, [N, L, E], if tokens choose independently."""
     chance = np.minimum(top_k * share, 1.0)
-    n = n_tokens[:, None, None]
+    n = n_tokens[:, None, None] * np.ones_like(chance)  # NumPy rounds x ** 2 otherwise if it is one
     return n * chance, 1 - (1 - chance) ** n
-
-
-def _loop_table(table: CostTable, window: int, top_k: int) -> tuple[object, ...]:
-    scalars = (
-        table.gpu_token_s, table.link_latency_s, table.activation_token_s, table.far_floor_s,
-        float(table.far_min_tokens), float(window), float(top_k),
-    )  # fmt: skip
-    return (
-        table.bits, table.weight_bytes.astype(np.float64), table.index_of, table.gpu_weight_s,
-        table.gpu_launch_s, table.far_weight_s, table.copy_s, table.far_token_s, scalars,
-    )  # fmt: skip

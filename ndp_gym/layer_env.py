@@ -23,6 +23,7 @@ from stable_baselines3.common.vec_env.base_vec_env import (
 )
 
 from ndp_gym.budget import HbmBudget
+from ndp_gym.conditions import Conditions, find_conditions
 from ndp_gym.inputs import (
     ModelLike,
     QualityLike,
@@ -78,6 +79,7 @@ class LayerVecEnv(VecEnv):
         max_windows: int = 64,
         quality_weight: str | float = "balanced",
         quality: QualityLike = None,
+        conditions: str | Conditions | None = None,
         own: float = 1.0,
     ) -> None:
         """Open the recording; nothing is reset yet."""
@@ -90,7 +92,7 @@ class LayerVecEnv(VecEnv):
             opened, found_model, found_system, n_lanes=n_lanes,
             batch_size=batch_size, window=window, hbm_budget=hbm_budget, scheduling=scheduling,
             quality=find_quality(quality, found_model, found_system),
-            quality_weight=weight_of(quality_weight),
+            quality_weight=weight_of(quality_weight), conditions=find_conditions(conditions),
         )  # fmt: skip
         self.agents = LayerAgents(
             self.lanes.model, self.lanes.system, self.lanes.simulator.quality,
@@ -127,7 +129,7 @@ class LayerVecEnv(VecEnv):
         lanes, n_lanes = self.lanes, self.lanes.n_lanes
         decided = self.agents.decide(self._actions.reshape(n_lanes, self._n_layers, -1))
         outcome = lanes.advance(*decided)
-        weight = lanes.base.quality_weight
+        weight = lanes.quality_weights
         own = layer_rewards(outcome, lanes.model, lanes.simulator.quality, weight)
         whole = reward(reward_terms(outcome), weight)
         rewards = REWARD_SCALE * (self._own * own + (1 - self._own) * whole[:, None])
@@ -159,8 +161,13 @@ class LayerVecEnv(VecEnv):
         return self._observe(ended)
 
     def _restart(self, lane: int) -> None:
-        self.lanes.reset(lane, self._rngs[lane].permutation(self._requests))
-        self.agents.reset(lane)
+        lanes = self.lanes
+        domain = lanes.trace.requests.domain
+        order, condition = lanes.drawn_from.draw_episode(
+            self._rngs[lane], lanes.base, self._requests, domain
+        )
+        lanes.reset(lane, order, condition)
+        self.agents.reset(lane, condition.system, condition.quality_weight)
         self._returns[lane], self._n_windows[lane] = 0.0, 0
 
     def _observe(self, restarted: Sequence[int] = ()) -> NDArray[np.float32]:

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ndp_gym.cost import CostTable
 from ndp_gym.lanes import Observations
+from ndp_gym.layer_facts import LaneFacts
 from ndp_gym.layer_forecast import Routing, entry
 from ndp_gym.plan import HBM
-from ndp_gym.planners import Facts
 
 FloatArray = NDArray[np.float64]
 
@@ -80,29 +79,30 @@ class Estimate(NamedTuple):
 
 
 def outside_s(
-    table: CostTable, n_tokens: FloatArray, context: FloatArray
+    facts: LaneFacts, n_tokens: FloatArray, context: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
     """Seconds of a step outside the routed experts: per routed layer [N, L], and the rest [N].
 
     Args:
-        table: nominal costs.
+        facts: nominal costs.
         n_tokens: [N] live requests.
         context: [N] context tokens of all of them together.
     """
+    table = facts.shared.table
     slid = np.minimum(context, n_tokens * table.sliding_window)
     seen = np.where(table.layer_slides, slid[:, None], context[:, None])
     n_dense = table.n_dense_full + table.n_dense_sliding
     dense_kv = table.n_dense_full * context + table.n_dense_sliding * slid
-    rest = n_dense * table.dense_layer_s + table.kv_token_s * dense_kv + table.head_s
-    rest = rest + table.engine_base_s + table.engine_token_s * n_tokens
-    return table.layer_s + table.kv_token_s * seen, rest
+    rest = n_dense * facts.dense_layer_s + facts.kv_token_s * dense_kv + facts.head_s
+    rest = rest + facts.engine_base_s + facts.engine_token_s * n_tokens
+    return facts.layer_s + facts.kv_token_s[:, None] * seen, rest
 
 
 def features_of(
     observations: Observations,
     routing: Routing,
     estimate: Estimate,
-    facts: Facts,
+    facts: LaneFacts,
     weights: FloatArray,
 ) -> dict[str, FloatArray]:
     """Every feature of `FEATURES`, unscaled, [N, L] each."""
@@ -139,10 +139,10 @@ def _lane_features(
     measured: NDArray[np.bool_],
     gpu_s: FloatArray,
     far_s: FloatArray,
-    facts: Facts,
+    facts: LaneFacts,
 ) -> dict[str, FloatArray]:
     """What all layers of a lane share, [N] each."""
-    context, table = observations["context"], facts.table
+    context, table = observations["context"], facts.shared.table
     n_live = np.maximum(entry(context, "n_live"), 1.0)
     n_experts = observations["tier"][0].size
     middle = table.weight_bytes[int(np.abs(table.bits - 4).argmin())]

@@ -127,8 +127,9 @@ def price(n, actions, forecast, held, prices, table, in_place, costs, seconds, f
     load, active, _ = forecast
     present, wanted = held
     rate, lost, has_plan = prices
-    widths, w_bytes, index_of, gpu_w, _, far_w, copy_w, far_token, scalars = table
-    least_tokens, window = scalars[4], scalars[5]
+    widths, w_bytes, index_of = table[0], table[1], table[2]
+    gpu_w, far_w, copy_w, far_token = table[3][n], table[5][n], table[6][n], table[7][n]
+    least_tokens, window, _ = table[9]
     far_cost, hbm_cost, n_bytes = costs
     gpu_s, far_s, _ = seconds
     n_layers, n_experts, nb = hbm_cost.shape
@@ -180,8 +181,9 @@ def decide(actions, forecast, held, rations, prices, table, in_place, tier, bits
             for which the layers compete by one price.
         prices: 1 / expected step seconds [N], reward lost by each copy [N, L, E, NB], and whether
             a plan has been loaded, so that copies cost something, [N].
-        table: widths, bytes, gpu, launch, far and copy seconds [NB], far seconds per token [NB],
-            and (GPU token, link latency, activation, floor, least far tokens, window, top-k).
+        table: widths, bytes and index by width [NB]; gpu, launch, far and copy seconds and far
+            seconds per token [N, NB]; (GPU token, link latency, activation, floor) [N] each; and
+            (least far tokens, window, top-k).
         in_place: whether the far device computes.
         tier: filled.
         bits: filled.
@@ -189,16 +191,17 @@ def decide(actions, forecast, held, rations, prices, table, in_place, tier, bits
         used: [N, L] filled, HBM bytes charged to each layer.
     """
     load, active, n_tokens = forecast
-    widths, launch_s, scalars = table[0], table[4], table[8]
-    token_s, latency_s, activation_s, floor_s, _, _, top_k = scalars
+    widths, top_k = table[0], table[9][2]
+    token_s, latency_s, activation_s, floor_s = table[8]
     n_lanes, n_layers, n_experts = load.shape
     each, wide = (n_layers, n_experts), (n_layers, n_experts, widths.size)
     far_cost, hbm_cost, n_bytes = np.empty(each), np.empty(wide), np.empty(wide)
     costs = far_cost, hbm_cost, n_bytes
-    seconds = np.empty(wide), np.empty(each), launch_s
+    gpu_s, far_s = np.empty(wide), np.empty(each)
     far_index, chosen = np.empty(each, np.int64), np.empty(each, np.int64)
     factor, least = np.empty(n_layers), np.empty(n_layers)
     for n in range(n_lanes):
+        seconds = gpu_s, far_s, table[4][n]
         top_price = price(
             n, actions, forecast, held, prices, table, in_place, costs, seconds, far_index, factor
         )
@@ -207,7 +210,7 @@ def decide(actions, forecast, held, rations, prices, table, in_place, tier, bits
             for layer in range(n_layers):
                 least[layer] = balanced_price(
                     layer, top_price, costs, seconds, (load[n], active[n], factor),
-                    (token_s, latency_s, activation_s, floor_s, n_tokens[n], top_k),
+                    (token_s[n], latency_s[n], activation_s[n], floor_s[n], n_tokens[n], top_k),
                 )  # fmt: skip
         if rations.shape[1] == n_layers:
             left = 0.0

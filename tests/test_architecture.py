@@ -22,8 +22,8 @@ ROOMS = {
     "simulate": "kernel_data kernel simulate state outcome outcome_loops packing batch",
     "reward": "reward bound bound_loops exhaustive local_search",
     "env": "schedule condition conditions memory lane_loops lanes inputs bounds encoding decoders "
-    "episodes env vector wrappers sb3 render env_docs layer_loops layer_forecast layer_features layer_agents "
-    "agent_file",
+    "episodes env vector wrappers sb3 render env_docs layer_loops layer_forecast layer_facts "
+    "layer_features layer_agents agent_file",
     "evaluate": "statistics provenance contenders results rows rollout scenarios regret explain "
     "evaluation uncertainty figure report report_uncertainty tracking "
     "validation bench bench_large layer_env",

@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ndp_gym import presets
+from ndp_gym.conditions import CONDITIONS
 from ndp_gym.cost import expert_bytes
 from ndp_gym.forecast import Blend, Forecaster, shares
 from ndp_gym.inputs import open_trace
@@ -23,6 +24,7 @@ from ndp_gym.reward import reward, reward_terms
 from ndp_gym.specs import SystemSpec
 from tests.conftest import make_trace
 from tests.toy import MODEL, SYSTEM
+from tests.toy_conditions import TOY_DRIFT
 
 TRACE = make_trace()
 N, L = 3, MODEL.n_layers
@@ -102,6 +104,43 @@ def test_a_copy_decides_as_it_would_alone() -> None:
             lanes.advance(*mine)
 
 
+def test_a_lane_told_another_machine_decides_as_agents_made_for_it() -> None:
+    trace = open_trace()
+    model, system = presets.model("minimoe-16b"), presets.system("h100_cxl_seed_ndp")
+    rng, domain = np.random.default_rng(3), trace.requests.domain
+    order = trace.split_requests("val")
+    drawn_from = CONDITIONS["drift"]
+    together = Lanes(trace, model, system, n_lanes=3, conditions=drawn_from)
+    agents = LayerAgents(model, system, QualityModel(), 4.0, 16, n_lanes=3)
+    singles = []
+    for lane in range(3):
+        order, condition = drawn_from.draw_episode(rng, together.base, order, domain)
+        together.reset(lane, order, condition)
+        agents.reset(lane, condition.system, condition.quality_weight)
+        alone = Lanes(trace, model, system, conditions=drawn_from)
+        alone.reset(0, order, condition)
+        own = LayerAgents(model, condition.system, QualityModel(), condition.quality_weight, 16)
+        singles.append((alone, own))
+    for _ in range(8):
+        actions = rng.uniform(-1, 1, (3, model.n_layers, len(ACTIONS)))
+        features = agents.observe(together.observe())
+        decided = agents.decide(actions)
+        together.advance(*decided)
+        for lane, (alone, own) in enumerate(singles):
+            mine = own.observe(alone.observe())
+            np.testing.assert_array_equal(mine[0], features[lane], strict=True)
+            plan = own.decide(actions[lane : lane + 1])
+            for one, other in zip(plan, decided, strict=True):
+                np.testing.assert_array_equal(one[0], other[lane])
+            alone.advance(*plan)
+    agents.reset(0)
+    again = LayerAgents(model, system, QualityModel(), 4.0, 16)
+    together.reset(0, order)
+    observations = together.observe()
+    fresh = again.observe({name: array[:1] for name, array in observations.items()})
+    np.testing.assert_array_equal(agents.observe(observations)[0], fresh[0])
+
+
 def test_the_forecast_at_rest_is_that_of_the_forecaster() -> None:
     lanes, rng = lanes_of(), np.random.default_rng(2)
     agents = agents_of(lanes)
@@ -176,9 +215,9 @@ def test_a_layers_reward_is_what_the_windows_reward_lacks_without_it() -> None:
         np.testing.assert_allclose(own[:, layer] / L, whole - rest, rtol=1e-9)
 
 
-def vec_env(**kwargs: Any) -> LayerVecEnv:
+def vec_env(n_lanes: int = N, **kwargs: Any) -> LayerVecEnv:
     defaults = {"trace": TRACE, "model": MODEL, "system": SYSTEM, "batch_size": 3, "window": 4}
-    return LayerVecEnv(N, **{**defaults, "hbm_budget": 0.3, "max_windows": 5, **kwargs})
+    return LayerVecEnv(n_lanes, **{**defaults, "hbm_budget": 0.3, "max_windows": 5, **kwargs})
 
 
 def test_the_vec_env_pays_the_environments_reward_and_restarts() -> None:
@@ -200,6 +239,30 @@ def test_the_vec_env_pays_the_environments_reward_and_restarts() -> None:
     env.seed(0)
     np.testing.assert_array_equal(env.reset(), first)
     assert observations.shape == first.shape == (N * L, len(FEATURES))
+
+
+def test_copies_under_drawn_conditions_equal_single_ones() -> None:
+    together = vec_env(conditions=TOY_DRIFT)
+    together.seed(5)
+    observations = together.reset().reshape(N, L, -1)
+    singles = [vec_env(conditions=TOY_DRIFT, n_lanes=1) for _ in range(N)]
+    for lane, single in enumerate(singles):
+        single.seed(5 + lane)
+        np.testing.assert_array_equal(single.reset(), observations[lane])
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        actions = rng.uniform(-1, 1, (N, L, 4))
+        observations, rewards, done, infos = together.step(actions.reshape(N * L, 4))
+        for lane, single in enumerate(singles):
+            own = slice(lane * L, lane * L + L)
+            result = single.step(actions[lane])
+            for one, other in zip(result[:3], (observations, rewards, done), strict=True):
+                np.testing.assert_array_equal(one, other[own])
+            ended = [info["episode"]["r"] for info in result[3] if "episode" in info]
+            assert ended == [info["episode"]["r"] for info in infos[own] if "episode" in info]
+    lanes = together.lanes
+    assert len(set(lanes.quality_weights.tolist())) > 1
+    assert len({lanes.conditions[i].system.link for i in range(N)}) == N
 
 
 def test_own_rewards_differ_between_layers() -> None:
