@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ndp_gym.commands.evaluate import parse_budget
-from ndp_gym.condition import Condition
 from ndp_gym.conditions import CONDITIONS, find_conditions
-from ndp_gym.inputs import find_model, find_system, open_trace
 from ndp_gym.policy import Policy
-from ndp_gym.quality import QualityModel
 from ndp_gym.reward import quality_weight as weight_of
-from ndp_gym.rollout import Task, run_policy, train_profile
+from ndp_gym.rollout import Task, run_policy
+from ndp_gym.scenarios import condition_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,60 +45,36 @@ class Setting:
     """episodes drawn on val, the same ones every time; fix: one pass over val instead"""
 
 
-def tasks_of(setting: Setting, split: str) -> list[Task]:
-    """One task per recording.
-
-    Raises:
-        ValueError: recording, model and system do not agree, or an option is out of range.
-        OSError: a recording cannot be read.
-    """
-    find_conditions(setting.conditions)
-    return [_task(setting, path, split) for path in traces_of(setting)]
-
-
 def traces_of(setting: Setting) -> list[str | None]:
     """The recordings by path; ``None`` is the bundled one."""
     return list(setting.trace.split(",")) if setting.trace else [None]
 
 
-def _task(setting: Setting, path: str | None, split: str) -> Task:
-    trace = open_trace(path)
-    return Task(
-        trace=trace, model=find_model(setting.model, trace), system=find_system(setting.system),
-        batch_size=setting.batch_size, window=setting.window,
-        hbm_budget=parse_budget(setting.hbm_budget), split=split, scheduling="continuous",
-        quality=QualityModel(), quality_weight=weight(setting.quality_weight), max_windows=None,
-        profile=train_profile(trace),
-    )  # fmt: skip
+def episodes_of(setting: Setting, split: str, n_episodes: int, seed: int) -> list[Task]:
+    """``n_episodes`` on every recording, with other requests first and other conditions each.
 
-
-def draw_episodes(
-    tasks: Sequence[Task], setting: Setting, rng: np.random.Generator, n_episodes: int
-) -> list[Task]:
-    """``n_episodes`` of each task: other requests first, other conditions, as agents train on."""
-    drawn_from = find_conditions(setting.conditions)
-    found = []
-    for task in tasks:
-        base = Condition(
-            system=task.system, batch_size=task.batch_size, hbm_budget=task.hbm_budget,
-            quality_weight=task.quality_weight,
-        )  # fmt: skip
-        requests = task.trace.split_requests(task.split)
-        for _ in range(n_episodes):
-            order, condition = drawn_from.draw_episode(
-                rng, base, requests, task.trace.requests.domain
-            )
-            episode = task.under(condition, order)
-            found.append(replace(episode, max_windows=setting.episode_windows))
-    return found
+    Raises:
+        ValueError: recording, model and system do not agree, or an option is out of range.
+        OSError: a recording cannot be read.
+    """
+    return [
+        task
+        for path in traces_of(setting)
+        for task in condition_tasks(
+            path, setting.model, setting.system, setting.conditions, split, n_episodes,
+            setting.episode_windows, seed, window=setting.window, batch_size=setting.batch_size,
+            hbm_budget=parse_budget(setting.hbm_budget),
+            quality_weight=weight(setting.quality_weight),
+        )
+    ]  # fmt: skip
 
 
 def val_tasks(setting: Setting) -> list[Task]:
     """What scores are made on: val as ``ndp-gym evaluate`` runs it, or the same episodes on it."""
-    tasks = tasks_of(setting, "val")
     if find_conditions(setting.conditions) == CONDITIONS["fix"]:
-        return tasks
-    return draw_episodes(tasks, setting, np.random.default_rng(0), setting.val_episodes)
+        tasks = episodes_of(setting, "val", 1, 0)
+        return [replace(task, order=None, max_windows=None) for task in tasks]
+    return episodes_of(setting, "val", setting.val_episodes, 0)
 
 
 def window_rewards(policy: Policy, task: Task) -> NDArray[np.float64]:

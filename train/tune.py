@@ -25,7 +25,7 @@ from ndp_gym.policy import resolve
 from ndp_gym.provenance import git_commit, package_versions
 from ndp_gym.rollout import Task
 from train.options import parse
-from train.setting import Setting, draw_episodes, tasks_of, val_tasks, window_rewards
+from train.setting import Setting, episodes_of, val_tasks, window_rewards
 
 FloatArray = NDArray[np.float64]
 
@@ -123,14 +123,14 @@ def tune(args: Args) -> Path:
     for seed in range(args.seed, args.seed + args.n_tunings):
         tuning = _fresh(seed, ranges)
         try:
-            search(tuning, args, tasks_of(args, "train"))
+            search(tuning, args)
         except KeyboardInterrupt:
             is_stopped = True
             print(f"stopped after {tuning.n_windows} windows")
         scored = Scored.of(spec_of(args.policy, ranges, tuning.mean), held_out)
         print(f"tuning {seed} on val: {scored.reward:.4f}, untuned {default.reward:.4f}")
         tunings.append((tuning, scored))
-        _write(path, args, default, tunings)
+        _write(path, args, held_out, default, tunings)
         if is_stopped:
             break
     print(f"wrote {path}")
@@ -154,14 +154,14 @@ class Scored(NamedTuple):
         return float(self.rewards.mean())
 
 
-def search(tuning: Tuning, args: Args, tasks: Sequence[Task]) -> None:
+def search(tuning: Tuning, args: Args) -> None:
     """Spend the tuning's windows, generation by generation."""
-    ranges, rng = RANGES[args.policy], np.random.default_rng([args.seed, tuning.seed])
+    ranges, rng = RANGES[args.policy], np.random.default_rng(tuning.seed)
     n_episodes, start = max(1, args.train_windows // args.episode_windows), time.monotonic()
     per_generation = 0
     while tuning.n_windows + per_generation <= args.n_windows:
         before = tuning.n_windows
-        episodes = draw_episodes(tasks, args, rng, n_episodes)
+        episodes = episodes_of(args, "train", n_episodes, int(rng.integers(2**31)))
         places = rng.normal(tuning.mean, tuning.spread, (args.population, len(ranges))).clip(0, 1)
         places[0] = tuning.mean
         scores = np.empty(len(places))
@@ -202,7 +202,11 @@ def _fresh(seed: int, ranges: dict[str, Range]) -> Tuning:
 
 
 def _write(
-    path: Path, args: Args, default: Scored, tunings: Sequence[tuple[Tuning, Scored]]
+    path: Path,
+    args: Args,
+    held_out: Sequence[Task],
+    default: Scored,
+    tunings: Sequence[tuple[Tuning, Scored]],
 ) -> None:
     """The best tuning on val, and all of them; the file appears whole or not at all."""
     ranges = RANGES[args.policy]
@@ -232,7 +236,7 @@ def _write(
             for tuning, scored in tunings
         ],
         "training": {k: v for k, v in asdict(args).items() if k != "out"},
-        "trace_sha256": [task.trace.sha256 for task in tasks_of(args, "val")],
+        "trace_sha256": list(dict.fromkeys(task.trace.sha256 for task in held_out)),
         "commit": git_commit(),
         "versions": dict(package_versions()),
     }
