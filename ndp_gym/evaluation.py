@@ -17,6 +17,7 @@ from typing import Any
 import ndp_gym
 from ndp_gym.budget import HbmBudget
 from ndp_gym.contenders import Contender, PolicyLike, all_far4, all_hbm_rows, contenders
+from ndp_gym.importers.popularity import ProfileLike, profile_for
 from ndp_gym.inputs import (
     Inputs,
     ModelLike,
@@ -42,7 +43,7 @@ from ndp_gym.quality_file import QualityFile
 from ndp_gym.regret import add_regret, bounds_of
 from ndp_gym.results import AtQuality, Condition, EvaluationResult, Row, at_quality
 from ndp_gym.reward import quality_weight as weight_of
-from ndp_gym.rollout import Measurement, Replayed, Task, Watch, run_policy, train_profile
+from ndp_gym.rollout import Measurement, Replayed, Task, Watch, run_policy
 from ndp_gym.rows import Entry, compare, measured_row, missing_row, score_of
 from ndp_gym.schedule import Scheduling
 from ndp_gym.specs import SystemSpec
@@ -72,6 +73,7 @@ def evaluate(
     actual_systems: Mapping[str, SystemSpec] | None = None,
     uncertainty: int = 0,
     bound: bool = False,
+    profile: ProfileLike | None = None,
     command: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
@@ -102,8 +104,9 @@ def evaluate(
         uncertainty: samples of the uncertain constants (see `ndp_gym.uncertainty`) under which
             every policy runs again with the first seed, told the sampled system; the runs at the
             ends of the ranges come on top.
-        bound: give every row its regret to a proved upper bound of the reward (about a second per
-            window).
+        bound: give every row its regret to a proved upper bound of the reward (1 s per window).
+        profile: popularity [L, E] that policies are told in place of the train split's; a path of
+            an imatrix, of SGLang counts, of a ``.npy`` or of a recording (`load_profile`).
         command: recorded as provenance; ``None`` records ``sys.argv``.
         progress: called after every window.
 
@@ -115,17 +118,15 @@ def evaluate(
     seeds = distinct_integers("seeds", seeds, least=0)
     _check_counts(window, max_windows, uncertainty)
     taking_part = contenders(policies)
-    rows: list[Row] = []
-    quality_rows: list[AtQuality] = []
-    studies: list[Study] = []
+    rows, quality_rows, studies = list[Row](), list[AtQuality](), list[Study]()
     task_of = partial(
         Task, window=window, hbm_budget=hbm_budget, split=split, scheduling=scheduling,
         kappa_given=quality is not None, quality_weight=weight_of(quality_weight),
         max_windows=max_windows,
     )  # fmt: skip
-    provenance = _provenance(command, seeds, quality)
+    provenance, given = _provenance(command, seeds, quality), (quality, profile)
     found = combinations(traces, models, systems)
-    for facts, task in _tasks(found, batch_sizes, task_of, actual_systems, provenance, quality):
+    for facts, task in _tasks(found, batch_sizes, task_of, actual_systems, provenance, *given):
         here = _condition(taking_part, task, seeds, facts, progress, bound=bound)
         rows += here
         quality_rows += at_quality(here)
@@ -151,6 +152,7 @@ def _tasks(
     actual_systems: Mapping[str, SystemSpec] | None,
     provenance: dict[str, Any],
     quality: QualityLike,
+    given_profile: ProfileLike | None,
 ) -> Iterator[tuple[dict[str, Any], Task]]:
     """Fields that rows share, and task, of every condition; each is added to the provenance."""
     actual_systems = actual_systems or {}
@@ -161,7 +163,8 @@ def _tasks(
         _describe(inputs, provenance)
         for actual in actual_systems.values():
             provenance["systems"][actual.name] = spec_facts(actual)
-        profile = train_profile(inputs.trace)
+        profile, profile_facts = profile_for(given_profile, inputs.trace, inputs.model)
+        provenance["profile"] = profile_facts
         error_model = find_quality(quality, inputs.model, inputs.system)
         for batch_size in batch_sizes:
             task = task_of(
@@ -172,6 +175,7 @@ def _tasks(
                 quality=error_model,
                 batch_size=batch_size,
                 profile=profile,
+                profile_source=None if profile_facts is None else profile_facts["source"],
             )
             yield _facts(inputs.label, task, quality), task
 

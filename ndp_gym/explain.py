@@ -33,13 +33,14 @@ from ndp_gym.batch import Simulator
 from ndp_gym.budget import HbmBudget
 from ndp_gym.contenders import Contender, PolicyLike, all_far4, all_hbm_rows, contenders
 from ndp_gym.cost import expert_bytes
+from ndp_gym.importers.popularity import ProfileLike, profile_for
 from ndp_gym.inputs import ModelLike, QualityLike, SystemLike, TraceLike, combinations, find_quality
 from ndp_gym.memory import gate_profile
 from ndp_gym.outcome import Outcome
 from ndp_gym.packing import window_arrays
 from ndp_gym.plan import FAR, HBM
 from ndp_gym.reward import quality_weight as weight_of
-from ndp_gym.rollout import Measurement, Replayed, Task, run_policy, train_profile
+from ndp_gym.rollout import Measurement, Replayed, Task, run_policy
 from ndp_gym.schedule import Scheduling
 from ndp_gym.specs import Service
 
@@ -114,6 +115,7 @@ def explain(
     scheduling: Scheduling = "continuous",
     quality_weight: str | float = "balanced",
     quality: QualityLike = None,
+    profile: ProfileLike | None = None,
     max_windows: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -139,7 +141,7 @@ def explain(
         quality=find_quality(quality, inputs.model, inputs.system),
         quality_weight=weight_of(quality_weight),
         max_windows=max_windows,
-        profile=train_profile(inputs.trace),
+        profile=profile_for(profile, inputs.trace, inputs.model)[0],
     )
     condition = (
         f"{inputs.label} | {task.model.name} on {task.system.name} | "

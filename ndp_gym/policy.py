@@ -132,7 +132,8 @@ def profile_of(context: PolicyContext) -> NDArray[np.float64]:
     """
     if context.profile is None:
         raise MissingProfileError(
-            "this policy needs a train profile, and the recording has no train split"
+            "this policy needs a train profile, and the recording has no train split: give one "
+            "(--profile)"
         )
     return context.profile
 

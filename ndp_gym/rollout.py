@@ -55,6 +55,7 @@ class Task:
         quality_weight: reward lost per nat.
         max_windows: stop after so many windows, ``None`` at the end of the requests.
         profile: train profile [L, E], ``None`` where there is no train split.
+        profile_source: where the profile is from, ``None`` where that is the train split.
         condition: what else the run is under, see `under`.
         order: indices of the requests that run, in place of those of ``split``.
     """
@@ -72,6 +73,7 @@ class Task:
     quality_weight: float
     max_windows: int | None
     profile: FloatArray | None
+    profile_source: str | None = None
     kappa_given: bool = True
     condition: Condition | None = None
     order: IntArray | None = None

@@ -202,6 +202,8 @@ def _notes(measured: Measurement, task: Task) -> list[str]:
         notes.append(f"runs on {task.actual.name}; policies are told {task.system.name}")
     if measured.gates != "recorded":
         notes.append(f"gate weights not recorded: {measured.gates}")
+    if task.profile_source is not None:
+        notes.append(f"popularity profile: {task.profile_source}")
     if facts.phases != PHASES_RECORDED:
         notes.append(facts.phases)
     if facts.tiled_from is not None:

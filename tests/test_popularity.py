@@ -1,5 +1,6 @@
 """Popularity from aggregates: what each engine counts becomes [L, E], and nothing else does."""
 
+import hashlib
 import json
 import struct
 from dataclasses import replace
@@ -10,13 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from ndp_gym import evaluate
+from ndp_gym.cli import main
+from ndp_gym.explain import explain
 from ndp_gym.importers.popularity import Profile, load_profile
+from ndp_gym.plan import Plan, all_far
+from ndp_gym.policy import PolicyContext
 from ndp_gym.specs import MoESpec
+from ndp_gym.trace import RoutingTrace
 from ndp_gym.trace_counts import train_profile
 from tests.conftest import make_trace
 from tests.test_engine_importers import torch_bytes
 from tests.test_importers import npy_bytes
-from tests.toy import MODEL
+from tests.toy import MODEL, SYSTEM
 
 COUNTS = np.array([[6, 1, 1, 0], [0, 3, 3, 2]])
 SHARES = COUNTS / COUNTS.sum(axis=1, keepdims=True) * MODEL.top_k
@@ -203,3 +210,85 @@ def test_records_that_name_one_tensor_many_times_are_refused(tmp_path: Path) -> 
     assert len(data) < 100_000
     with pytest.raises(ValueError, match="must have at most"):
         load(tmp_path, data)
+
+
+class Told:
+    """Answers like ``all_far`` and remembers the profile it was told."""
+
+    seen: Any = None
+
+    def reset(self, context: PolicyContext) -> None:
+        Told.seen = context.profile
+        self.plan = all_far(context.model, context.system)
+
+    def __call__(self, observation: Any) -> Plan:
+        return self.plan
+
+
+def run(profile: Any, trace: RoutingTrace | None = None) -> Any:
+    trace = trace or make_trace(n_conversations=3)
+    return evaluate(
+        [Told, "static_popularity"], trace, MODEL, SYSTEM, batch_sizes=(2,), window=4,
+        hbm_budget=0.3, profile=profile,
+    )  # fmt: skip
+
+
+def test_a_profile_stands_in_where_a_recording_has_no_train_split(tmp_path: Path) -> None:
+    without = run(None)
+    row = next(r for r in without.rows if r["policy"] == "static_popularity")
+    assert (row["validity"], without.provenance["profile"]) == ("n/a", None)
+    assert "--profile" in row["validity_reasons"][0]
+    assert Told.seen is None
+    path = tmp_path / "m.gguf"
+    path.write_bytes(imatrix_bytes())
+    given = run(path)
+    np.testing.assert_allclose(Told.seen, SHARES, rtol=1e-6)
+    row = next(r for r in given.rows if r["policy"] == "static_popularity")
+    assert row["tokens_per_s"] > 0
+    assert f"popularity profile: {path}" in row["notes"]
+    facts = given.provenance["profile"]
+    assert facts["kind"] == "llama.cpp imatrix"
+    assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_given_profile_replaces_that_of_the_train_split() -> None:
+    trace = make_trace()
+    run(None, trace)
+    np.testing.assert_allclose(Told.seen, train_profile(trace))
+    run(COUNTS, trace)
+    np.testing.assert_allclose(Told.seen, SHARES)
+
+
+def test_a_profile_of_the_evaluated_rows_is_refused(tmp_path: Path) -> None:
+    few = make_trace(n_conversations=3).save(tmp_path / "few")
+    with pytest.raises(ValueError, match="must not be counted on the rows that are evaluated"):
+        run(tmp_path / "few", few)
+    make_trace(n_conversations=3, seed=1).save(tmp_path / "other")
+    assert run(tmp_path / "other", few).provenance["profile"]["kind"].startswith("all rows")
+
+
+def test_explain_takes_a_profile_too() -> None:
+    trace = make_trace(n_conversations=3)
+    options: Any = {"batch_size": 2, "window": 4, "hbm_budget": 0.3}
+    with pytest.raises(ValueError, match="train profile"):
+        explain("static_popularity", "all_far4", trace, MODEL, SYSTEM, **options)
+    found = explain(
+        "static_popularity", "all_far4", trace, MODEL, SYSTEM, profile=COUNTS, **options
+    )
+    assert found.a.hit_rate > 0
+
+
+def test_the_command_line_names_the_profile_and_refuses_another_shape(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, out = tmp_path / "bad.npy", tmp_path / "r.json"
+    bad.write_bytes(npy_bytes(COUNTS))
+    arguments = ["evaluate", "--policies", "static_popularity", "--max-windows", "1"]
+    assert main([*arguments, "--profile", str(bad), "--json", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "bad.npy: a profile for minimoe" in error.lower()
+    assert error.count("\n") == 1
+    good = tmp_path / "good.npy"
+    np.save(good, np.ones((8, 64)))
+    assert main([*arguments, "--profile", str(good), "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["provenance"]["profile"]["source"] == str(good)

@@ -53,6 +53,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--seeds", metavar="N", type=int, default=1, help="seeds of random policies (default: 1)")
     add("--uncertainty", metavar="N", type=int, default=0,
         help="also run all under N samples of the uncertain constants")  # fmt: skip
+    add("--profile", metavar="F",
+        help="popularity in place of the train split's: imatrix, counts, .npy, trace")  # fmt: skip
     add("--bound", action="store_true",
         help="show the regret to a proved upper bound of the reward (slow)")  # fmt: skip
     for name in _FORMATS:
@@ -87,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             seeds=range(_at_least_one("--seeds", args.seeds)),
             uncertainty=args.uncertainty,
             bound=args.bound,
+            profile=args.profile,
             command=_command(),
             progress=progress,
         )

@@ -35,6 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="share of 16-bit experts, bytes (8GB) or auto (default: 0.10)")  # fmt: skip
     add("--scheduling", choices=("continuous", "static"), default="continuous")
     add("--quality", metavar="F", help="measured errors (default: those of the system's format)")
+    add("--profile", metavar="F", help="popularity of experts, as for evaluate")
     add("--max-windows", metavar="N", type=int, help="stop each run after N windows")
     add("--seed", metavar="N", type=int, default=0, help="of random policies (default: 0)")
     add("--json", metavar="F", type=Path, help="write json to F")
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
             split=args.split,
             scheduling=args.scheduling,
             quality=args.quality,
+            profile=args.profile,
             max_windows=positive("--max-windows", args.max_windows),
             seed=args.seed,
         )

@@ -82,6 +82,23 @@ def load_profile(profile: ProfileLike, model: MoESpec) -> Profile:
     return _profile(counts, model, str(path), kind, source.sha256)
 
 
+def profile_for(
+    profile: ProfileLike | None, trace: RoutingTrace, model: MoESpec
+) -> tuple[FloatArray | None, dict[str, Any] | None]:
+    """The profile [L, E] of a run on ``trace``, and the facts of one that was given.
+
+    ``None`` for ``profile`` is the train split's, where there is one, and has no facts.
+
+    Raises:
+        ValueError: See `load_profile`; or it was counted on the rows that are evaluated.
+    """
+    if profile is None:
+        return train_profile(trace), None
+    loaded = load_profile(profile, model)
+    check_unseen(loaded, trace)
+    return loaded.load, loaded.facts()
+
+
 def check_unseen(profile: Profile, trace: RoutingTrace) -> None:
     """Raise ``ValueError`` where the profile was counted on the rows that are evaluated."""
     if profile.kind == _ALL_ROWS and profile.sha256 == trace.sha256:
