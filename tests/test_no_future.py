@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from ndp_gym.condition import KINDS, Process, Speeds
 from ndp_gym.env import NDPPlacementEnv
 from ndp_gym.lanes import Lanes
 from ndp_gym.outcome import Outcome
@@ -38,10 +39,17 @@ def lanes_of(trace: RoutingTrace, scheduling: Any) -> Lanes:
     )
 
 
-def run(name: str, trace: RoutingTrace, order: np.ndarray, n_windows: int, scheduling: Any) -> Seen:
-    """Drive a policy for ``n_windows`` plans."""
+def run(
+    name: str,
+    trace: RoutingTrace,
+    order: np.ndarray,
+    n_windows: int,
+    scheduling: Any,
+    **condition: Any,
+) -> Seen:
+    """Drive a policy for ``n_windows`` plans; ``condition`` are fields of `Condition`."""
     lanes = lanes_of(trace, scheduling)
-    lanes.reset(0, order)
+    lanes.reset(0, order, replace(lanes.base, **condition))
     policy: Policy = resolve(name)()
     policy.reset(
         PolicyContext(
@@ -155,6 +163,45 @@ def test_no_plan_depends_on_what_comes_after_it(name: str, scheduling: Any) -> N
             for plan, same in zip(seen.plans, again.plans, strict=True):
                 assert_same_plan(plan, same)
             assert (seen.last.counts != again.last.counts).any()  # the future did change
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SEES_NOTHING_AHEAD)
+def test_no_plan_knows_when_the_machine_will_change(name: str, kind: Any) -> None:
+    """Equal up to the window that differs; its effect is seen one window later, a budget at once."""
+    onset = 3
+    shown = onset if kind == "co_tenant" else onset + 1
+    storm = Process(kind=kind, onset=onset, length=2, factor=0.5)
+    try:
+        calm = run(name, TRACE, ORDER, shown + 1, "continuous")
+        rough = run(name, TRACE, ORDER, shown + 1, "continuous", processes=(storm,))
+    except InfeasibleError:
+        pytest.skip(f"{name} does not fit this budget")
+    for window in range(shown):
+        for key, array in calm.observations[window].items():
+            np.testing.assert_array_equal(array, rough.observations[window][key], err_msg=key)
+        assert_same_plan(calm.plans[window], rough.plans[window])
+    told = rough.observations[shown]
+    changed = {key for key, a in calm.observations[shown].items() if (a != told[key]).any()}
+    if kind == "co_tenant":
+        assert changed == {"context"}
+    elif kind == "gpu_throttle" and not calm.observations[shown]["layer"][:, 0].any():
+        assert not changed  # nothing ran there
+    else:
+        assert changed <= {"layer", "in_flight", "context", "tier", "bitwidth"}
+
+
+@pytest.mark.parametrize("name", SEES_NOTHING_AHEAD)
+def test_hidden_speeds_reach_no_first_plan(name: str) -> None:
+    slow = {"speeds": Speeds(0.5, 0.6, 0.7)}
+    try:
+        one, other = (run(name, TRACE, ORDER, 2, "continuous", **c) for c in ({}, slow))
+    except InfeasibleError:
+        pytest.skip(f"{name} does not fit this budget")
+    for key, array in one.observations[0].items():
+        np.testing.assert_array_equal(array, other.observations[0][key], err_msg=key)
+    assert_same_plan(one.plans[0], other.plans[0])
+    assert (one.observations[1]["layer"] != other.observations[1]["layer"]).any()
 
 
 def test_every_policy_but_the_oracles_is_tested() -> None:
