@@ -168,7 +168,7 @@ def test_no_plan_depends_on_what_comes_after_it(name: str, scheduling: Any) -> N
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SEES_NOTHING_AHEAD)
 def test_no_plan_knows_when_the_machine_will_change(name: str, kind: Any) -> None:
-    """Equal up to the window that differs; its effect is seen one window later, a budget at once."""
+    """Equal until it changes; that is seen one window later, of a budget at once."""
     onset = 3
     shown = onset if kind == "co_tenant" else onset + 1
     storm = Process(kind=kind, onset=onset, length=2, factor=0.5)
