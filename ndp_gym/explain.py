@@ -44,7 +44,7 @@ from ndp_gym.rollout import Measurement, Replayed, Task, run_policy
 from ndp_gym.schedule import Scheduling
 from ndp_gym.specs import Service
 
-__all__ = ["TERMS", "Explanation", "Side", "explain", "explain_task"]
+__all__ = ["TERMS", "Explanation", "Side", "contender_of", "explain", "explain_task"]
 
 TERMS = ("bits", "hits", "overlap balance", "link", "migration", "other")
 
@@ -160,7 +160,7 @@ def explain_task(
     progress: Progress | None = None,
 ) -> Explanation:
     """`explain` for a ready-made task."""
-    runs = [_run(_contender(policy, task), task, seed, progress) for policy in (a, b)]
+    runs = [_run(contender_of(policy, task), task, seed, progress) for policy in (a, b)]
     (ours, theirs), (windows_a, windows_b) = [r.measured for r in runs], [r.windows for r in runs]
     sums = _counterfactuals(task, windows_a, windows_b)
     n_tokens = int(ours.totals["tokens"])
@@ -229,7 +229,7 @@ def _run(contender: Contender, task: Task, seed: int, progress: Progress | None)
     return _Run(contender.name, measured, windows, steps_s)
 
 
-def _contender(policy: PolicyLike, task: Task) -> Contender:
+def contender_of(policy: PolicyLike, task: Task) -> Contender:
     """A policy by name, the baselines of `ndp_gym.evaluate` among them."""
     found = contenders(policy)
     if found:

@@ -25,6 +25,7 @@ ROOMS = {
     "episodes env vector wrappers sb3 render env_docs layer_loops layer_forecast layer_facts "
     "layer_features layer_agents agent_file",
     "evaluate": "statistics provenance contenders results rows rollout scenarios regret explain "
+    "plan_export plan_targets "
     "evaluation uncertainty figure report report_uncertainty tracking "
     "validation bench bench_large layer_env",
     "cli": "commands cli __main__",
