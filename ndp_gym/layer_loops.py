@@ -15,105 +15,151 @@ from numba import njit
 FAR_VALUE, PRICE, HYSTERESIS, MIX = range(4)
 """The four numbers of a layer's action."""
 _ROUNDS = 20  # halvings of a price range of six decades
+_UNKNOWN = 100  # no choice, nor is its negative
 
 
 @njit(cache=True, nogil=True)
-def cheapest(layer, e, byte_price, costs):  # type: ignore[no-untyped-def]
-    """Width index in HBM of the expert at this byte price, -1 where it stays far."""
-    far_cost, hbm_cost, n_bytes = costs[0], costs[1], costs[2]
-    best, index = far_cost[layer, e], -1
-    for b in range(hbm_cost.shape[2]):
-        cost = hbm_cost[layer, e, b] + byte_price * n_bytes[layer, e, b]
+def cheapest(e, byte_price, far_cost, hbm_cost, n_bytes):  # type: ignore[no-untyped-def]
+    """Width index in HBM of the layer's expert at this byte price, -1 where it stays far."""
+    best, index = far_cost[e], -1
+    for b in range(hbm_cost.shape[1]):
+        cost = hbm_cost[e, b] + byte_price * n_bytes[e, b]
         if cost < best:
             best, index = cost, b
     return index
 
 
 @njit(cache=True, nogil=True)
-def layer_bytes(layer, byte_price, costs):  # type: ignore[no-untyped-def]
-    """HBM bytes of one layer at this price."""
-    total = 0.0
-    for e in range(costs[0].shape[1]):
-        index = cheapest(layer, e, byte_price, costs)
-        if index >= 0:
-            total += costs[2][layer, e, index]
-    return total
+def doubted(doubts, n_doubts, known, choice, below, above):  # type: ignore[no-untyped-def]
+    """Note the ``choice`` [E] at a price in ``known``, which is one of ``below`` and ``above``.
+
+    Experts whose choices at a lower and at a higher price are the same are settled, since dearer
+    bytes only ever mean fewer: they leave ``doubts``, of which the first ``n_doubts`` count.
+
+    Returns:
+        How many are left.
+    """
+    left = 0
+    for k in range(n_doubts):
+        e = doubts[k]
+        known[e] = choice[e]
+        if below[e] != above[e]:
+            doubts[left] = e
+            left += 1
+    return left
 
 
 @njit(cache=True, nogil=True)
-def excess_s(layer, byte_price, costs, seconds, loads, constants):  # type: ignore[no-untyped-def]
-    """Seconds by which the GPU side of a layer exceeds its far side at this price."""
-    gpu_s, far_s, launch_s = seconds
-    load, active, factor = loads
+def excess_s(choice, busy, gpu_s, far_s, launch_s, load, active, factor, constants):  # type: ignore[no-untyped-def]
+    """Seconds by which the GPU side of a layer exceeds its far side; ``busy`` [NB] is scratch."""
     token_s, latency_s, activation_s, floor_s, n_tokens, top_k = constants
-    busy = np.zeros(launch_s.size)
+    busy[:] = 0.0
     gpu, far, hbm_load = 0.0, 0.0, 0.0
-    for e in range(load.shape[1]):
-        index = cheapest(layer, e, byte_price, costs)
+    for e in range(choice.size):
+        index = choice[e]
         if index >= 0:
-            gpu += gpu_s[layer, e, index]
-            busy[index] += active[layer, e]
-            hbm_load += load[layer, e]
+            gpu += gpu_s[e, index]
+            busy[index] += active[e]
+            hbm_load += load[e]
         else:
-            far += far_s[layer, e]
+            far += far_s[e]
     gpu = max(gpu, hbm_load * token_s)
-    for b in range(launch_s.size):
-        gpu += launch_s[b] * (1 - math.exp(-busy[b]))
+    for b in range(busy.size):
+        if busy[b] > 0.0:
+            gpu += launch_s[b] * (1 - math.exp(-busy[b]))
     stays = min(hbm_load / (n_tokens * top_k), 1.0) ** top_k
     any_far = 1 - stays**n_tokens
     far += any_far * 2 * latency_s + n_tokens * (1 - stays) * activation_s
-    return gpu - factor[layer] * max(far, any_far * floor_s)
+    return gpu - factor * max(far, any_far * floor_s)
 
 
 @njit(cache=True, nogil=True)
-def balanced_price(layer, top_price, costs, seconds, loads, constants):  # type: ignore[no-untyped-def]
-    """Least byte price at which the GPU side of a layer is no slower than its far side."""
+def balanced_price(layer, top_price, costs, seconds, loads, constants, room):  # type: ignore[no-untyped-def]
+    """Least byte price at which the GPU side of a layer is no slower than its far side.
+
+    ``room`` are four arrays [L, E] of scratch.
+    """
+    far_cost, hbm_cost, n_bytes = costs[0][layer], costs[1][layer], costs[2][layer]
+    gpu_s, far_s, launch_s = seconds[0][layer], seconds[1][layer], seconds[2]
+    load, active, factor = loads[0][layer], loads[1][layer], loads[2][layer]
+    below, above, choice, doubts = room[0][layer], room[1][layer], room[2][layer], room[3][layer]
+    busy, n_doubts = np.empty(launch_s.size), choice.size
+    below[:], above[:], doubts[:] = _UNKNOWN, -_UNKNOWN, np.arange(choice.size)
     low, high = top_price * 1e-6, top_price
-    if excess_s(layer, low, costs, seconds, loads, constants) <= 0:
-        return low
-    for _ in range(_ROUNDS):
-        middle = math.sqrt(low * high)
-        if excess_s(layer, middle, costs, seconds, loads, constants) > 0:
+    for step in range(_ROUNDS + 1):
+        middle = low if step == 0 else math.sqrt(low * high)
+        for k in range(n_doubts):
+            choice[doubts[k]] = cheapest(doubts[k], middle, far_cost, hbm_cost, n_bytes)
+        if excess_s(choice, busy, gpu_s, far_s, launch_s, load, active, factor, constants) > 0:
             low = middle
+            n_doubts = doubted(doubts, n_doubts, below, choice, below, above)
         else:
             high = middle
+            n_doubts = doubted(doubts, n_doubts, above, choice, below, above)
+            if step == 0:
+                break
     return high
 
 
 @njit(cache=True, nogil=True)
-def settle(layers, least, costs, budget, top_price, chosen):  # type: ignore[no-untyped-def]
+def settle(layers, least, costs, budget, top_price, chosen, room):  # type: ignore[no-untyped-def]
     """Fill the rows ``layers`` = (first, last + 1) of ``chosen`` [L, E] within ``budget`` bytes.
 
-    Entries are HBM width indices, -1 far; no byte costs less than ``least`` [L].
+    Entries are HBM width indices, -1 far; no byte costs less than ``least`` [L]; ``room`` are four
+    arrays [L, E] of scratch.
 
     Returns:
         Bytes left over.
     """
+    far_cost, hbm_cost, n_bytes = costs
+    below, above, _, doubts = room
+    first, last = layers
+    n_experts = chosen.shape[1]
+    n_doubts = np.full(last, n_experts)
+    settled = 0.0  # bytes of the experts without doubt; sums of whole numbers are exact
+    for i in range(first, last):
+        below[i], above[i], doubts[i] = _UNKNOWN, -_UNKNOWN, np.arange(n_experts)
     low, high = top_price * 1e-6, top_price * 1.01
     for step in range(_ROUNDS + 1):
         middle = low if step == 0 else math.sqrt(low * high)
-        total = 0.0
-        for layer in range(layers[0], layers[1]):
-            total += layer_bytes(layer, max(middle, least[layer]), costs)
-        if total <= budget:
+        total = settled
+        for i in range(first, last):
+            price = max(middle, least[i])
+            for k in range(n_doubts[i]):
+                e = doubts[i, k]
+                chosen[i, e] = cheapest(e, price, far_cost[i], hbm_cost[i], n_bytes[i])
+                total += n_bytes[i, e, chosen[i, e]] if chosen[i, e] >= 0 else 0.0
+        fits = total <= budget
+        settled = total
+        for i in range(first, last):
+            known = above[i] if fits else below[i]
+            n_doubts[i] = doubted(doubts[i], n_doubts[i], known, chosen[i], below[i], above[i])
+            for k in range(n_doubts[i]):
+                e = doubts[i, k]
+                settled -= n_bytes[i, e, chosen[i, e]] if chosen[i, e] >= 0 else 0.0
+        if fits:
             high = middle
             if step == 0:
                 break
         else:
             low = middle
-    left = budget
-    for layer in range(layers[0], layers[1]):
-        left -= layer_bytes(layer, max(high, least[layer]), costs)
-        for e in range(chosen.shape[1]):
-            chosen[layer, e] = cheapest(layer, e, max(high, least[layer]), costs)
-    for layer in range(layers[0], layers[1]):  # what a lower price would buy, while there is room
-        for e in range(chosen.shape[1]):
-            index, now = cheapest(layer, e, max(low, least[layer]), costs), chosen[layer, e]
+    left = budget - settled
+    for i in range(first, last):
+        for k in range(n_doubts[i]):
+            e = doubts[i, k]
+            price = max(high, least[i])
+            chosen[i, e] = cheapest(e, price, far_cost[i], hbm_cost[i], n_bytes[i])
+            left -= n_bytes[i, e, chosen[i, e]] if chosen[i, e] >= 0 else 0.0
+    for i in range(first, last):  # what a lower price would buy, while there is room
+        for k in range(n_doubts[i]):
+            e = doubts[i, k]
+            index = cheapest(e, max(low, least[i]), far_cost[i], hbm_cost[i], n_bytes[i])
+            now = chosen[i, e]
             if index != now and index >= 0:
-                extra = costs[2][layer, e, index] - (costs[2][layer, e, now] if now >= 0 else 0.0)
+                extra = n_bytes[i, e, index] - (n_bytes[i, e, now] if now >= 0 else 0.0)
                 if extra <= left:
                     left -= extra
-                    chosen[layer, e] = index
+                    chosen[i, e] = index
     return left
 
 
@@ -200,6 +246,10 @@ def decide(actions, forecast, held, rations, prices, table, in_place, tier, bits
     gpu_s, far_s = np.empty(wide), np.empty(each)
     far_index, chosen = np.empty(each, np.int64), np.empty(each, np.int64)
     factor, least = np.empty(n_layers), np.empty(n_layers)
+    room = (
+        np.empty(each, np.int64), np.empty(each, np.int64), np.empty(each, np.int64),
+        np.empty(each, np.int64),
+    )  # fmt: skip
     for n in range(n_lanes):
         seconds = gpu_s, far_s, table[4][n]
         top_price = price(
@@ -211,14 +261,15 @@ def decide(actions, forecast, held, rations, prices, table, in_place, tier, bits
                 least[layer] = balanced_price(
                     layer, top_price, costs, seconds, (load[n], active[n], factor),
                     (token_s[n], latency_s[n], activation_s[n], floor_s[n], n_tokens[n], top_k),
+                    room,
                 )  # fmt: skip
         if rations.shape[1] == n_layers:
             left = 0.0
             for layer in range(n_layers):
-                room = rations[n, layer] + left
-                left = settle((layer, layer + 1), least, costs, room, top_price, chosen)
+                budget = rations[n, layer] + left
+                left = settle((layer, layer + 1), least, costs, budget, top_price, chosen, room)
         else:
-            settle((0, n_layers), least, costs, rations[n, 0], top_price, chosen)
+            settle((0, n_layers), least, costs, rations[n, 0], top_price, chosen, room)
         for layer in range(n_layers):
             used[n, layer] = 0.0
             for e in range(n_experts):
