@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndp_gym.batch import Simulator
-from ndp_gym.budget import HbmBudget, auto_budgets_bytes, check_fits, fixed_budget_bytes
+from ndp_gym.budget import HbmBudget, check_fits
 from ndp_gym.condition import Condition
 from ndp_gym.conditions import Conditions
 from ndp_gym.cost import PrefillParts, prefill_parts
+from ndp_gym.machines import Machines
 from ndp_gym.memory import Memory, PromptCounts, gate_profile
 from ndp_gym.outcome import Outcome
 from ndp_gym.packing import window_arrays
@@ -30,9 +31,8 @@ from ndp_gym.schedule import Schedule, Scheduling, check_count
 from ndp_gym.specs import MoESpec, Service, SystemSpec
 from ndp_gym.trace import RoutingTrace
 
-__all__ = ["CONTEXT_NAMES", "Lanes", "Observations", "check_agreement", "toward_zero"]
+__all__ = ["CONTEXT_NAMES", "Lanes", "Observations", "check_agreement"]
 
-_NEVER = np.iinfo(np.int64).max
 _VARIABLE = CONTEXT_NAMES.index("n_live")  # from this entry on they change with the window
 
 if TYPE_CHECKING:
@@ -61,9 +61,10 @@ class Lanes:
     Attributes:
         base: the `Condition` that the arguments describe, which episodes have by default.
         conditions: [N] what each lane runs under.
-        batch_size: slots B that every lane has room for.
-        quality_weights: [N] 1 / nat.
-        actual: [N] the system that runs each lane in the coming window.
+        batch_size: slots B that every lane has room for, the largest there may be.
+        machines: which machine runs each lane; ``quality_weights``, ``n_windows`` and ``actual``
+            are its.
+        drawn_from: the conditions given; widest: the widest of them.
         admitted: [N, B] slots whose request was admitted since the last window.
         waited_s: [N, B] seconds of prefills up to and including that request's own, 0 elsewhere.
         has_admitted: whether any lane has such a slot.
@@ -117,16 +118,11 @@ class Lanes:
             scheduling=scheduling,
         )
         profile, self.gates = gate_profile(trace, model)
-        self.conditions = [self.base] * n_lanes
-        self.quality_weights = np.full(n_lanes, quality_weight)
-        self._whole_budgets = np.zeros(n_lanes, np.int64)
-        self._budgets = np.zeros(n_lanes, np.int64)
-        self._budget_factors = np.ones(n_lanes)
-        self._is_auto = np.zeros(n_lanes, np.bool_)
-        self._has_auto = False
-        self.actual = [system] * n_lanes
-        self.n_windows = np.zeros(n_lanes, np.int64)
-        self._next_change = np.full(n_lanes, _NEVER)
+        self.machines = Machines(model, self.base, n_lanes, window)
+        self.conditions = self.machines.conditions
+        self.quality_weights = self.machines.quality_weights
+        self.n_windows = self.machines.n_windows
+        self.actual = self.machines.actual
         self.admitted = np.zeros((n_lanes, batch_size), np.bool_)
         self.waited_s = np.zeros((n_lanes, batch_size))
         self.has_admitted = False
@@ -134,7 +130,6 @@ class Lanes:
         self.last_slots = self.schedule.request.copy(), np.zeros((n_lanes, batch_size), np.int64)
         self._memory = Memory(n_lanes, batch_size, self.shape)
         self._prompts = PromptCounts(trace, profile)
-        self._n_prompt = trace.requests.n_prompt
         self._loops = import_module("ndp_gym.lane_loops")  # numba comes with it
         self._services = (system.default_service,) * n_lanes
         self._recording = window_arrays(
@@ -142,7 +137,6 @@ class Lanes:
         )
         self._bytes_of = np.zeros(17, np.int64)
         self._bytes_of[list(system.stored_bits)] = self.simulator.costs[0].prices.table.weight_bytes
-        self._facts = np.tile(self._nominal_facts(self.base), (n_lanes, 1))
 
     def reset(
         self,
@@ -159,23 +153,13 @@ class Lanes:
         """
         condition = condition or self.base
         self._check_room(condition)
-        self.conditions[lane] = condition
-        self.actual[lane] = condition.actual_at(0)
+        self.machines.reset(lane, condition)
         self.simulator.reset(lane, self.actual[lane])
         self._memory.forget(lane)
         self._forget_waits(lane)
         slots = self.schedule.reset(lane, order, condition.batch_size, condition.extra_context)
         self._admit(lane, slots)
-        self.n_windows[lane] = 0
-        self._await_change(lane)
-        self.quality_weights[lane] = condition.quality_weight
-        self._facts[lane] = self._nominal_facts(condition)
-        fixed = fixed_budget_bytes(condition.hbm_budget, self.model)
-        self._is_auto[lane] = fixed is None
-        self._has_auto = bool(self._is_auto.any())
-        self._whole_budgets[lane] = fixed or 0
-        self._budget_factors[lane] = condition.budget_factor_at(0)
-        self._settle_budgets()
+        self.machines.settle_budgets(self.schedule.context, changed=True)
 
     @property
     def prefill_s(self) -> list[list[float]]:
@@ -196,7 +180,7 @@ class Lanes:
 
     def budgets(self) -> NDArray[np.int64]:
         """[N] HBM bytes for experts in the coming window."""
-        return self._budgets.copy()
+        return self.machines.budgets.copy()
 
     def advance(
         self,
@@ -219,14 +203,16 @@ class Lanes:
             services=services or self._services,
             windows=self._windows(n_rows),
             length=self.window,
-            budgets=self._budgets,
+            budgets=self.machines.budgets,
         )
         self.last_slots = self.schedule.request.copy(), n_rows
         self.outcome = outcome
         self._memory.remember(outcome)
-        self.n_windows += 1
-        self._change_machines()
+        changed = self.machines.advance()
+        for lane in changed:
+            self.simulator.put_system(lane, self.actual[lane])
         self._next_slots()
+        self.machines.settle_budgets(self.schedule.context, changed=bool(changed))
         return outcome
 
     def default_order(self) -> NDArray[np.float64]:
@@ -241,7 +227,7 @@ class Lanes:
         loops = self._loops
         state, memory, schedule = self.simulator.state, self._memory, self.schedule
         planes = np.empty((len(loops.PLANES), self.n_lanes, *self.shape), np.float32)
-        context = self._facts.copy()
+        context = self.machines.facts.copy()
         loops.observe(
             memory.loads, (state.hbm, state.far, state.target, state.scalars), self._bytes_of,
             schedule.left, schedule.context, memory.n_admitted, schedule.generated, planes,
@@ -277,8 +263,6 @@ class Lanes:
             self.has_admitted = False
         for lane in ended:
             self._admit(lane, self.schedule.admit(lane))
-        if self._has_auto:
-            self._settle_budgets()
 
     def _admit(self, lane: int, slots: list[int]) -> None:
         """Prefill the requests just admitted to ``slots``: what policies learn, and its seconds."""
@@ -287,7 +271,9 @@ class Lanes:
         for slot in slots:
             index = int(requests[slot])
             memory.admit(lane, slot, *self._prompts(index))
-            parts = _prefill(self.model, self.actual[lane], int(self._n_prompt[index]))
+            parts = _prefill(
+                self.model, self.actual[lane], int(self.trace.requests.n_prompt[index])
+            )
             waited_s += self._loops.prefill_seconds(*parts, hbm, self.shape[0])
             self.waited_s[lane, slot] = waited_s
             self.admitted[lane, slot] = True
@@ -312,50 +298,6 @@ class Lanes:
                     f"got {system.stored_bits}"
                 )
 
-    def _await_change(self, lane: int) -> None:
-        """Note the next window whose machine or budget is another."""
-        now = self.n_windows[lane]
-        later = (w for w in self.conditions[lane].changes if w > now)
-        self._next_change[lane] = next(later, _NEVER)
-
-    def _change_machines(self) -> None:
-        """Put lanes on the machine and the budget of the coming window where these are others."""
-        lanes = np.flatnonzero(self._next_change <= self.n_windows).tolist()
-        for lane in lanes:
-            condition, window = self.conditions[lane], int(self.n_windows[lane])
-            self.actual[lane] = condition.actual_at(window)
-            self.simulator.put_system(lane, self.actual[lane])
-            self._budget_factors[lane] = condition.budget_factor_at(window)
-            self._await_change(lane)
-        if lanes:
-            self._settle_budgets()
-
-    def _nominal_facts(self, condition: Condition) -> NDArray[np.float32]:
-        gpu, far, link = condition.system.gpu, condition.system.far, condition.system.link
-        facts = dict.fromkeys(CONTEXT_NAMES, 0.0)
-        facts |= {
-            "batch_size": condition.batch_size,
-            "window": self.window,
-            "gpu_bytes_per_s": gpu.bandwidth_bytes_per_s,
-            "gpu_flops_per_s": gpu.flops_per_s,
-            "far_bytes_per_s": far.bandwidth_bytes_per_s * far.efficiency,
-            "far_flops_per_s": far.flops_per_s,
-            "link_bytes_per_s": link.bandwidth_bytes_per_s,
-            "link_latency_s": link.latency_s,
-            "quality_weight": condition.quality_weight,
-        }
-        return np.array(list(facts.values()), np.float32)
-
-    def _settle_budgets(self) -> None:
-        """Automatic budgets for the contexts of now, and what the observation says of them all."""
-        if self._has_auto:
-            contexts = self.schedule.context
-            auto = auto_budgets_bytes(self.model, self.system, contexts, self.window)
-            self._whole_budgets[self._is_auto] = auto[self._is_auto]
-        self._budgets[:] = self._whole_budgets * self._budget_factors
-        self._facts[:, 0] = toward_zero(self._budgets)
-        self._facts[:, 1] = self._budgets / self.model.routed_bytes16
-
 
 @lru_cache(maxsize=4096)
 def _prefill(model: MoESpec, system: SystemSpec, n_prompt: int) -> PrefillParts:
@@ -372,12 +314,3 @@ def check_agreement(trace: RoutingTrace, model: MoESpec) -> None:
                 f"trace and model must agree in {name}: {trace.name} has {recorded}, "
                 f"{model.name!r} has {expected}"
             )
-
-
-def toward_zero(values: NDArray[np.int64]) -> NDArray[np.float32]:
-    """float32 of non-negative integers, never larger than they are."""
-    rounded = values.astype(np.float32)
-    too_large = rounded.astype(np.float64) > values
-    if not too_large.any():
-        return rounded
-    return np.where(too_large, np.nextafter(rounded, np.float32(0)), rounded)

@@ -16,14 +16,15 @@ ROOMS = {
     "presets": "presets",
     "trace": "trace trace_content trace_counts trace_file trace_loops trace_metadata trace_predict "
     "trace_requests trace_spans trace_stats synthesize replay replay_kernel importers",
-    "quality": "quality quality_file quantizers quantizer_loops",
+    "quality": "quality quality_file quantizers quantizer_loops checkpoint expert_weights "
+    "quality_measure",
     "cost": "cost budget",
     "plan": "plan policy policy_calls predictor bit_ladder forecast fillings allocation planners",
     "simulate": "kernel_data kernel simulate state outcome outcome_loops packing batch",
     "reward": "reward bound bound_loops exhaustive local_search",
-    "env": "schedule condition conditions memory lane_loops lanes inputs bounds encoding decoders "
-    "episodes env vector wrappers sb3 render env_docs layer_loops layer_forecast layer_facts "
-    "layer_features layer_agents agent_file",
+    "env": "schedule condition conditions machines memory lane_loops lanes inputs bounds encoding "
+    "decoders episodes env vector wrappers sb3 render env_docs layer_loops layer_forecast "
+    "layer_facts layer_features layer_agents agent_file",
     "evaluate": "statistics provenance contenders results rows rollout scenarios regret explain "
     "plan_export plan_targets "
     "evaluation uncertainty figure report report_uncertainty tracking "
