@@ -45,7 +45,7 @@ def bounds_of(
             bounds[kind][i] = window_bound(
                 recorded_window(task, replayed),
                 task.model,
-                task.actual or task.system,
+                replayed.system,
                 budget_bytes=replayed.budget_bytes,
                 quality=task.quality,
                 quality_weight=task.quality_weight,

@@ -106,7 +106,10 @@ class Task:
             quality=self.quality,
             quality_weight=self.quality_weight,
         )
-        lanes.reset(0, order, self.condition or replace(lanes.base, actual=self.actual))
+        condition = self.condition or replace(lanes.base, actual=self.actual)
+        if condition.system is not self.system:
+            raise ValueError("a task's condition must have the task's system: see Task.under")
+        lanes.reset(0, order, condition)
         return lanes, order
 
 
@@ -119,6 +122,7 @@ class Replayed(NamedTuple):
         budget_bytes: of HBM.
         first_row, n_rows, context: [B] rows of the recording, see `ndp_gym.state.Window`.
         outcome: what it cost.
+        system: what ran.
     """
 
     plan: Plan
@@ -128,6 +132,7 @@ class Replayed(NamedTuple):
     n_rows: NDArray[np.int64]
     context: NDArray[np.int64]
     outcome: Outcome
+    system: SystemSpec
 
 
 Watch = Callable[[Replayed], None]
@@ -264,7 +269,7 @@ def _window(
     outcome = _advance(lanes, plan)
     if watch is not None:
         wanted = lanes.simulator.state.target[0].reshape(lanes.shape).copy()
-        watch(Replayed(plan, wanted, budget_bytes, *rows, outcome))
+        watch(Replayed(plan, wanted, budget_bytes, *rows, outcome, system))
     result.ttft_s += [float(outcome.load_s + waited) for waited in prefills]
     result.step_s.append(outcome.step_s[outcome.step_tokens > 0])
     result.served = result.served + outcome.served_tokens

@@ -7,7 +7,7 @@ import pytest
 
 from ndp_gym.condition import Process, Speeds
 from ndp_gym.conditions import Conditions, Hidden
-from ndp_gym.rollout import Task, run_policy
+from ndp_gym.rollout import Replayed, Task, run_policy
 from ndp_gym.scenarios import condition_tasks, run_episodes
 from policies.all_far import AllFar
 from policies.all_hbm import AllHbm
@@ -72,9 +72,17 @@ def test_a_slower_machine_is_felt_and_a_throttled_one_while_it_lasts() -> None:
     late = replace(
         task.condition, processes=(Process(kind="far_throttle", onset=2, length=2, factor=0.5),)
     )
-    far = [run_policy(AllFar(), task.under(c, task.order), seed=0) for c in (slow, late)]
+    windows: list[Replayed] = []
+    watches = None, windows.append
+    far = [
+        run_policy(AllFar(), task.under(c, task.order), seed=0, watch=watch)
+        for c, watch in zip((slow, late), watches, strict=True)
+    ]
     calm = run_policy(AllFar(), task, seed=0)
     assert far[0].totals["far_busy_s"] == pytest.approx(2 * calm.totals["far_busy_s"])
+    assert [window.system for window in windows] == [late.actual_at(w) for w in range(5)]
+    with pytest.raises(ValueError, match=r"Task\.under"):
+        run_policy(AllFar(), replace(task, system=windows[2].system), seed=0)
     share = far[1].totals["far_busy_s"] / calm.totals["far_busy_s"]
     assert share == pytest.approx(1.4, abs=0.1)  # two of five windows
 
