@@ -21,7 +21,7 @@ from ndp_gym.quality import QualityModel
 from ndp_gym.specs import MoESpec, SystemSpec
 from ndp_gym.trace_file import METADATA_KEY, parse_json
 
-__all__ = ["QualityFile", "write_whole"]
+__all__ = ["QualityFile"]
 
 SCHEMA = 1
 FULL_BITS = 16
@@ -129,7 +129,7 @@ class QualityFile:
         }
         tensors = {"relative_error": self.relative_error, "stored_bits": self.stored_bits}
         contiguous = {name: np.ascontiguousarray(t, "<f8") for name, t in tensors.items()}
-        write_whole(Path(path), save(contiguous, {METADATA_KEY: json.dumps(facts)}))
+        _write_whole(Path(path), save(contiguous, {METADATA_KEY: json.dumps(facts)}))
 
     def model_for(
         self, model: MoESpec, system: SystemSpec, kappa: float = QualityModel.kappa
@@ -159,7 +159,7 @@ class QualityFile:
         return QualityModel(kappa, table)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def _write_whole(path: Path, content: bytes) -> None:
     """Write a file under a temporary name beside it, then move it into place."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
