@@ -24,7 +24,7 @@ ROOMS = {
     "reward": "reward bound bound_loops exhaustive local_search",
     "env": "schedule condition conditions machines memory lane_loops lanes inputs bounds encoding "
     "decoders episodes env vector wrappers sb3 render env_docs layer_loops layer_forecast "
-    "layer_facts layer_features layer_agents agent_file",
+    "layer_facts speeds speed_loops layer_features layer_agents agent_file",
     "evaluate": "statistics provenance contenders results rows rollout scenarios regret explain "
     "plan_export plan_targets "
     "evaluation uncertainty figure report report_uncertainty tracking "

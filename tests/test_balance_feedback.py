@@ -7,13 +7,16 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from ndp_gym import speed_loops
 from ndp_gym.cost import cost_table
-from ndp_gym.forecast import expected, shares
 from ndp_gym.inputs import find_model, find_system, open_trace
+from ndp_gym.layer_facts import LaneFacts
+from ndp_gym.planners import facts_of
 from ndp_gym.quality import QualityModel
 from ndp_gym.rollout import Task, run_policy, train_profile
+from ndp_gym.speeds import costs_of
 from policies.balance import Balance
-from policies.balance_feedback import BalanceFeedback, predicted
+from policies.balance_feedback import BalanceFeedback
 from tests.conftest import make_trace
 from tests.toy import MODEL, SYSTEM
 
@@ -52,7 +55,9 @@ def run(*, feedback: bool, far: float = 1.0, link: float = 1.0, gain: float = 0.
     policy = BalanceFeedback(gain) if feedback else Balance()
     terms = run_policy(policy, replace(task, actual=actual), seed=0).terms
     rewards = np.array(terms["throughput"]) + task.quality_weight * np.array(terms["quality"])
-    return Run(rewards, policy.factors if isinstance(policy, BalanceFeedback) else np.ones(3))
+    return Run(
+        rewards, policy.speeds.factors[0] if isinstance(policy, BalanceFeedback) else np.ones(3)
+    )
 
 
 @pytest.mark.parametrize("far", [0.5, 0.25, 2.0])
@@ -85,28 +90,38 @@ def test_a_gain_outside_0_to_1_is_refused(gain: float) -> None:
         BalanceFeedback(gain)
 
 
-def test_predicted_seconds_are_those_of_the_cost_table() -> None:
+def seconds_of(load: np.ndarray, hbm: np.ndarray, far: np.ndarray, in_place: bool) -> np.ndarray:
+    """What the compiled loop says of one lane: GPU, far, link, launches, latency."""
+    facts = facts_of(MODEL, SYSTEM, QualityModel(), 4.0, 16)
+    found = np.zeros((1, 5))
+    speed_loops.nominal_seconds(
+        load[None], hbm[None], far[None], costs_of(LaneFacts(facts, 1)), float(MODEL.top_k),
+        float(facts.table.far_min_tokens), in_place, found,
+    )  # fmt: skip
+    return found[0]
+
+
+def test_nominal_seconds_are_those_of_the_cost_table() -> None:
     table, shape = cost_table(MODEL, SYSTEM), (MODEL.n_layers, MODEL.n_experts)
     load = np.zeros(shape)
     load[:, : MODEL.top_k] = 1.0  # one token, which uses the first K experts of every layer
-    routed = expected(shares(load), 1.0, 100.0, MODEL.top_k)
     none, four = np.zeros(shape, np.int64), np.full(shape, 4)
     index, n_used = int(table.index_of[4]), MODEL.n_layers * MODEL.top_k
-    far = predicted(table, True, routed, none, four)
+    gpu, far, link, launch, latency = seconds_of(load, none, four, True)
     one_s = max(table.far_weight_s[index], table.far_min_tokens * table.far_token_s[index])
-    assert far.far == pytest.approx(n_used * one_s)
-    assert far.link == pytest.approx(MODEL.n_layers * table.activation_token_s)
-    assert far.latency == pytest.approx(2 * MODEL.n_layers * table.link_latency_s)
-    assert far.gpu == far.launch == 0
-    near = predicted(table, True, routed, four, four)
+    assert far == pytest.approx(n_used * one_s)
+    assert link == pytest.approx(MODEL.n_layers * table.activation_token_s)
+    assert latency == pytest.approx(2 * MODEL.n_layers * table.link_latency_s)
+    assert gpu == launch == 0
+    gpu, far, link, launch, latency = seconds_of(load, four, four, True)
     weights_s = MODEL.top_k * table.gpu_weight_s[index]
     tokens_s = MODEL.top_k * table.gpu_token_s
-    assert near.gpu == pytest.approx(MODEL.n_layers * max(weights_s, tokens_s))
-    assert near.launch == pytest.approx(MODEL.n_layers * table.gpu_launch_s[index])
-    assert near.far == near.link == near.latency == 0
-    fetched = predicted(table, False, routed, none, four)
-    assert fetched.link == pytest.approx(n_used * table.copy_s[index])
-    assert fetched.gpu == near.gpu
+    assert gpu == pytest.approx(MODEL.n_layers * max(weights_s, tokens_s))
+    assert launch == pytest.approx(MODEL.n_layers * table.gpu_launch_s[index])
+    assert far == link == latency == 0
+    fetched = seconds_of(load, none, four, False)
+    assert fetched[speed_loops.LINK] == pytest.approx(n_used * table.copy_s[index])
+    assert fetched[speed_loops.GPU] == pytest.approx(gpu)
 
 
 def test_copies_of_a_machine_that_only_stores_are_timed_too() -> None:
@@ -122,4 +137,4 @@ def test_copies_of_a_machine_that_only_stores_are_timed_too() -> None:
     )  # fmt: skip
     policy = BalanceFeedback()
     run_policy(policy, task, seed=0)
-    assert policy.factors[2] == pytest.approx(4, rel=0.25)
+    assert policy.speeds.factors[0, 2] == pytest.approx(4, rel=0.25)
