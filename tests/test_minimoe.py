@@ -13,17 +13,11 @@ from traces.minimoe import bundle, card, text, tokenizer, weights
 from traces.minimoe.card_table import statistics_by_name
 from traces.minimoe.experts import Experts
 from traces.minimoe.model import Config, MiniMoE, tap_routers
-from traces.minimoe.prompts import Prompt, PromptSource
+from traces.minimoe.prompts import MAX_PROMPT, MIN_PROMPT, Prompt, PromptSource
 from traces.minimoe.real_models import CELLS
-from traces.minimoe.record import (
-    Request,
-    Sampling,
-    assign_splits,
-    record,
-    record_request,
-    route,
-)
+from traces.minimoe.record import assign_splits, record, record_request, route
 from traces.minimoe.train import Recipe, train
+from traces.record.generate import Sampling
 
 TRACES = Path(__file__).parent.parent / "traces"
 TINY = Config(
@@ -127,8 +121,8 @@ def test_recording_is_deterministic(tiny: MiniMoE) -> None:
     assert [r.prompt.domain for r in first] == ["a", "b", "a", "b"]
     assert [r.prompt.opening for r in first] == [None, None, "b", "a"]
     for one, two in zip(first, second, strict=True):
-        np.testing.assert_array_equal(one.expert_ids, two.expert_ids)
-        np.testing.assert_array_equal(one.tokens, two.tokens)
+        np.testing.assert_array_equal(one.answer.expert_ids, two.answer.expert_ids)
+        np.testing.assert_array_equal(one.answer.tokens, two.answer.tokens)
 
 
 def test_prompts_never_use_text_twice() -> None:
@@ -158,25 +152,17 @@ def test_planted_loop_is_found_where_it_starts() -> None:
 
 
 def test_splits_are_even_over_domains_and_kinds() -> None:
-    empty = np.zeros((1, 1, 1))
-    requests = [
-        Request(
-            prompt=Prompt(
-                tokens=np.zeros(1, int), domain="ab"[i % 2], opening="c" if i // 2 % 2 else None
-            ),
-            tokens=np.zeros(1, int),
-            expert_ids=empty.astype(np.uint8),
-            gate_weights=empty.astype(np.float16),
-        )
+    prompts = [
+        Prompt(tokens=np.zeros(1, int), domain="ab"[i % 2], opening="c" if i // 2 % 2 else None)
         for i in range(32)
     ]
-    splits = assign_splits(requests, 0)
+    splits = assign_splits(prompts, 0)
     for domain in "ab":
         for mixed in (False, True):
             kind = [
                 s
-                for r, s in zip(requests, splits, strict=True)
-                if r.prompt.domain == domain and (r.prompt.opening is not None) == mixed
+                for p, s in zip(prompts, splits, strict=True)
+                if p.domain == domain and (p.opening is not None) == mixed
             ]
             assert sorted(kind) == ["test"] * 4 + ["train"] * 2 + ["val"] * 2
 
@@ -240,10 +226,11 @@ def test_card_quotes_a_cell_for_every_statistic(tiny: MiniMoE, tmp_path: Path) -
         model=tiny, tokenizer=tokenizer.Tokenizer([]), n_steps=7, made_with="x"
     )
     weights.save(tmp_path / card.WEIGHTS_FILE, source)
-    made = bundle.make_trace(requests, source, sampling, tmp_path / card.WEIGHTS_FILE)
+    weights_file = tmp_path / card.WEIGHTS_FILE
+    made = bundle.make_trace(requests, source, sampling, weights_file, tmp_path / "parts")
     trace = made.save(tmp_path / card.TRACE_FILE)
-    assert trace.metadata.extra["tokens_of_request_0"] == requests[0].tokens.tolist()
-    np.testing.assert_array_equal(trace.expert_ids[-80:], requests[-1].expert_ids[-80:])
+    assert trace.metadata.extra["tokens_of_request_0"] == requests[0].answer.tokens.tolist()
+    np.testing.assert_array_equal(trace.expert_ids[-80:], requests[-1].answer.expert_ids[-80:])
     assert statistics_by_name(trace).keys() == CELLS.keys()
     card.write(tmp_path, trace, source, {"code": 1.234})
     written = (tmp_path / card.CARD_FILE).read_text()
@@ -269,6 +256,27 @@ def test_shipped_trace_comes_from_the_shipped_weights() -> None:
     assert same.mean() > 0.97
     recorded_gates = trace.gate_weights[: len(tokens)][same].astype(float)
     assert np.abs(gates[same].astype(float) - recorded_gates).mean() < 0.02
+
+
+def test_recording_request_0_again_gives_the_shipped_rows() -> None:
+    """The same draws, tokens and, but for another CPU's rounding, the same rows bit by bit."""
+    trace = RoutingTrace.open(TRACES / "minimoe.safetensors")
+    sampling = Sampling(**{**trace.metadata.extra["sampling"], "n_tokens": 64})
+    n_prompt = int(trace.requests.n_prompt[0])
+    tokens = trace.metadata.extra["tokens_of_request_0"]
+    said = np.array(tokens[: n_prompt + 64], dtype=np.int64)
+    rng = np.random.default_rng(sampling.seed)
+    assert rng.integers(MIN_PROMPT, MAX_PROMPT + 1) == n_prompt  # the draw before the answer
+    first = Prompt(tokens=said[:n_prompt], domain="code", opening=None)
+    model = weights.load(TRACES / "minimoe_weights.safetensors").model
+    torch.set_num_threads(1)
+    answered = record_request(model, first, sampling, rng)
+    np.testing.assert_array_equal(answered.tokens, said)
+    same = answered.expert_ids == trace.expert_ids[: len(said)]
+    assert same.mean() > 0.97
+    assert trace.gate_weights is not None
+    apart = np.abs(answered.gate_weights.astype(float) - trace.gate_weights[: len(said)])
+    assert apart[same].max() < 0.02
 
 
 def test_shipped_trace_has_the_promised_contents() -> None:

@@ -6,6 +6,7 @@ About 25 minutes on one core; ``--skip-training`` records again from the shipped
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,9 @@ from ndp_gym.trace import RoutingTrace
 from traces.minimoe import bundle, card, text, tokenizer, weights
 from traces.minimoe.model import Config
 from traces.minimoe.prompts import Stream
-from traces.minimoe.record import Sampling, record
+from traces.minimoe.record import record
 from traces.minimoe.train import Recipe, held_out_loss, train
+from traces.record.generate import Sampling
 
 FOLDER = Path(__file__).resolve().parent.parent
 _VOCABULARY_CHARS = 600_000  # of each domain
@@ -46,9 +48,12 @@ def _record(
     held_out: Mapping[str, Stream], source: weights.Weights, n_requests: int, folder: Path
 ) -> RoutingTrace:
     sampling = Sampling()
-    requests = list(record(source.model, held_out, n_requests, sampling, _report))
-    trace = bundle.make_trace(requests, source, sampling, folder / card.WEIGHTS_FILE)
-    saved = trace.save(folder / card.TRACE_FILE)
+    requests = record(source.model, held_out, n_requests, sampling, _report)
+    with tempfile.TemporaryDirectory(dir=folder) as parts:
+        trace = bundle.make_trace(
+            requests, source, sampling, folder / card.WEIGHTS_FILE, Path(parts)
+        )
+        saved = trace.save(folder / card.TRACE_FILE)
     _report(f"wrote {card.TRACE_FILE}")
     return saved
 

@@ -1,8 +1,7 @@
 """The language model: attention and fine-grained mixture-of-experts layers with leaky routers."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from traces.minimoe.experts import Experts
+from traces.record.hooks import tap
 
 N_LEAKED_TOKENS = 3
 
@@ -207,19 +207,9 @@ class MiniMoE(nn.Module):
 RouterOutput = tuple[Tensor, Tensor, Tensor]
 
 
-@contextmanager
-def tap_routers(model: MiniMoE) -> Iterator[list[RouterOutput]]:
+def tap_routers(model: MiniMoE) -> AbstractContextManager[list[RouterOutput]]:
     """Collect what the router modules return: one (logits, weights, ids) per layer and pass.
 
     The list grows by ``n_layers`` entries per forward pass; clear it between passes.
     """
-    outputs: list[RouterOutput] = []
-    handles = [
-        r.register_forward_hook(lambda _module, _args, output: outputs.append(output))
-        for r in model.routers()
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    return tap(model.routers(), lambda _layer, output: output)

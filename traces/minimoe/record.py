@@ -1,11 +1,12 @@
-"""Recording of the model's routing: real prefill, sampled decode, loops thrown away and redrawn.
+"""Recording of the small model: prompts drawn, loops thrown away and redrawn, splits dealt out.
 
-It hooks the router modules, as one hooks Hugging Face models, and knows no file format.
+The requests themselves are recorded by ``traces.record``, as those of any other model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,112 +14,70 @@ import torch
 from torch import Tensor
 
 from ndp_gym.trace_loops import looped_rows
-from traces.minimoe.model import MiniMoE, RouterOutput, tap_routers
+from traces.minimoe.model import Cache, MiniMoE, Router
 from traces.minimoe.prompts import Prompt, PromptSource, Stream
+from traces.record import generate
+from traces.record.generate import Answer, Sampling, TokenArray
+from traces.record.hooks import Routing, Rows, find_routing
 
 _SPLIT_ORDER = ("test", "train", "test", "val")
-
-Ids = npt.NDArray[np.uint8]
-Gates = npt.NDArray[np.float16]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How answers are drawn; the defaults made the bundled recording."""
-
-    n_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 0.98
-    seed: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One recorded request of S prompt rows and N decode rows.
-
-    ``tokens`` [S + N], ``expert_ids`` [S + N, L, K] in descending order of weight and
-    ``gate_weights`` [S + N, L, K] that sum to 1 (within half precision). ``n_looped`` answers were
-    thrown away before this one.
-    """
+    """A recorded request; ``n_looped`` answers were thrown away before this one."""
 
     prompt: Prompt
-    tokens: npt.NDArray[np.int64]
-    expert_ids: Ids
-    gate_weights: Gates
+    answer: Answer
     n_looped: int = 0
 
-    @property
-    def n_prompt(self) -> int:
-        """Rows of prefill."""
-        return len(self.prompt.tokens)
+
+class RecordableMiniMoE:
+    """The model as ``traces.record.generate.RoutedModel``, one sequence at a time."""
+
+    stop_ids: tuple[int, ...] = ()
+
+    def __init__(self, model: MiniMoE) -> None:
+        """Wrap ``model``, with an empty cache."""
+        self._model = model
+        self._cache: Cache = model.new_cache()
+        self.routers: list[Router] = model.routers()
+        self.n_experts = model.config.n_experts
+
+    def read(self, layer: int, output: Any) -> Routing:
+        """Ids and weights of one router, the weights renormalised to sum to 1."""
+        config = self._model.config
+        found = find_routing(output, config.top_k, config.n_experts, f"router of layer {layer}")
+        if isinstance(found, Tensor):
+            raise ValueError(f"router of layer {layer} must return ids and weights, got logits")
+        return Routing(found.ids, found.gates / found.gates.sum(-1, keepdim=True))
+
+    def prefill(self, prompts: Sequence[TokenArray]) -> Tensor:
+        """Run one prompt from an empty cache; logits ``[1, V]``."""
+        if len(prompts) != 1:
+            raise ValueError(f"MiniMoE answers one prompt at a time, got {len(prompts)}")
+        self._cache = self._model.new_cache()
+        return self._forward(torch.from_numpy(prompts[0])[None])
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Append a token; logits ``[1, V]``."""
+        return self._forward(torch.tensor(tokens)[:, None])
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self._model(tokens, self._cache)
+        return logits[:, -1]
 
 
-def stack_routing(outputs: list[RouterOutput]) -> tuple[Ids, Gates]:
-    """Ids and renormalised weights [T, L, K] of one forward pass.
-
-    The expert ids are recognised by type, not by position, so that other routers fit as well.
-
-    Raises:
-        ValueError: If a router did not return an integer tensor beside weights of its shape.
-    """
-    ids, gates = [], []
-    for layer, output in enumerate(outputs):
-        chosen = [t for t in output if not t.is_floating_point()]
-        weights = [t for t in output if t.is_floating_point() and t.shape == chosen[0].shape]
-        if len(chosen) != 1 or len(weights) != 1:
-            raise ValueError(f"router of layer {layer} must return one id and one weight tensor")
-        ids.append(chosen[0])
-        gates.append(weights[0] / weights[0].sum(-1, keepdim=True))
-    return (
-        torch.stack(ids, dim=1).numpy().astype(np.uint8),
-        torch.stack(gates, dim=1).numpy().astype(np.float16),
-    )
-
-
-def sample(logits: Tensor, sampling: Sampling, rng: np.random.Generator) -> int:
-    """One token from ``logits`` [V] at the temperature, out of the likeliest ``top_p`` mass."""
-    scaled = logits.double().numpy() / sampling.temperature
-    p = np.exp(scaled - scaled.max())
-    p /= p.sum()
-    order = np.argsort(-p, kind="stable")
-    mass = np.cumsum(p[order])
-    n_kept = int(np.searchsorted(mass, sampling.top_p)) + 1
-    u = rng.random() * mass[n_kept - 1]
-    return int(order[min(int(np.searchsorted(mass, u, side="right")), n_kept - 1)])
-
-
-@torch.no_grad()
 def record_request(
     model: MiniMoE, prompt: Prompt, sampling: Sampling, rng: np.random.Generator
-) -> Request:
-    """Prefill ``prompt`` in one pass, then sample tokens and feed each one back.
-
-    The last sampled token is fed back too, so prompt and decode have one row per token.
-    """
-    tokens, cache = prompt.tokens.tolist(), model.new_cache()
-    parts = []
-    with tap_routers(model) as outputs:
-        logits = model(torch.from_numpy(prompt.tokens)[None], cache)[0, -1]
-        parts.append(stack_routing(outputs))
-        for _ in range(sampling.n_tokens):
-            tokens.append(sample(logits, sampling, rng))
-            outputs.clear()
-            logits = model(torch.tensor([tokens[-1:]]), cache)[0, -1]
-            parts.append(stack_routing(outputs))
-    return Request(
-        prompt=prompt,
-        tokens=np.array(tokens, dtype=np.int64),
-        expert_ids=np.concatenate([ids for ids, _ in parts]),
-        gate_weights=np.concatenate([gates for _, gates in parts]),
-    )
+) -> Answer:
+    """Prefill ``prompt`` in one pass, then sample tokens and feed each one back."""
+    return generate.answer(RecordableMiniMoE(model), [prompt.tokens], sampling, [rng])[0]
 
 
-@torch.no_grad()
-def route(model: MiniMoE, tokens: npt.NDArray[np.int64]) -> tuple[Ids, Gates]:
+def route(model: MiniMoE, tokens: npt.NDArray[np.int64]) -> Rows:
     """Ids and weights [S, L, K] of ``tokens`` [S] in one teacher-forced pass."""
-    with tap_routers(model) as outputs:
-        model(torch.from_numpy(tokens)[None])
-    return stack_routing(outputs)
+    return generate.route(RecordableMiniMoE(model), tokens)
 
 
 def record(
@@ -139,22 +98,22 @@ def record(
         turn, d = divmod(i, len(source.domains))
         for n_looped in count():
             prompt = source.draw(source.domains[d], mixed=turn % 2 == 1)
-            request = record_request(model, prompt, sampling, rng)
-            if not looped_rows(request.expert_ids[request.n_prompt :]).any():
-                yield replace(request, n_looped=n_looped)
+            answer = record_request(model, prompt, sampling, rng)
+            if not looped_rows(answer.expert_ids[answer.n_prompt :]).any():
+                yield Request(prompt=prompt, answer=answer, n_looped=n_looped)
                 break
             report(f"request {i + 1} fell into a loop ({prompt.domain}), drawn again")
         if (i + 1) % 5 == 0:
             report(f"request {i + 1}/{n_requests}")
 
 
-def assign_splits(requests: Sequence[Request], seed: int) -> list[str]:
+def assign_splits(prompts: Sequence[Prompt], seed: int) -> list[str]:
     """Half test, a quarter train, a quarter val; even over domains and over kinds of prompt."""
     rng = np.random.default_rng(seed)
-    shuffled = [requests[i] for i in rng.permutation(len(requests))]
+    shuffled = [prompts[i] for i in rng.permutation(len(prompts))]
     splits: dict[int, str] = {}
-    for domain in {r.prompt.domain: None for r in requests}:
-        members = [r for r in shuffled if r.prompt.domain == domain]
-        members.sort(key=lambda r: r.prompt.opening is not None)
-        splits |= {id(r): _SPLIT_ORDER[i % 4] for i, r in enumerate(members)}
-    return [splits[id(r)] for r in requests]
+    for domain in {p.domain: None for p in prompts}:
+        members = [p for p in shuffled if p.domain == domain]
+        members.sort(key=lambda p: p.opening is not None)
+        splits |= {id(p): _SPLIT_ORDER[i % 4] for i, p in enumerate(members)}
+    return [splits[id(p)] for p in prompts]
