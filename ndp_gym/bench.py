@@ -55,6 +55,7 @@ def rows() -> Iterator[BenchRow]:
     for name in ("mixtral-8x7b", "deepseek-v2-lite"):
         yield from kernel_rates(name)
     yield vector_rate()
+    yield from condition_rates()
     yield step_overhead()
     yield from large_file()
     yield from start_up()
@@ -178,6 +179,34 @@ def vector_rate() -> BenchRow:
         baseline=1.0 / float(np.median(single)),
         baseline_name="one env",
     )
+
+
+def condition_rates() -> Iterator[BenchRow]:
+    """Windows per second where every copy has its own machine, against one machine for all.
+
+    Episodes are short, so that the price of drawing and pricing machines is in it.
+    """
+    import gymnasium as gym
+
+    seconds: dict[str, float] = {}
+    for name in ("fix", "rand", "hidden", "drift"):
+        venv = gym.make_vec(
+            "NDPPlacement-v0", num_envs=N_ENVS, vectorization_mode="vector_entry_point",
+            conditions=name, max_windows=16,
+        )  # fmt: skip
+        venv.reset(seed=0)
+        venv.action_space.seed(0)
+        actions = [venv.action_space.sample() for _ in range(4)]
+        venv.step(actions[0])
+        seconds[name] = float(np.mean([_clock_s(partial(venv.step, a)) for a in actions * 12]))
+        if name != "fix":
+            yield BenchRow(
+                name=f"windows per second, {N_ENVS} envs, conditions {name} (bundled recording)",
+                value=N_ENVS / seconds[name],
+                unit="1/s",
+                baseline=N_ENVS / seconds["fix"],
+                baseline_name="fix",
+            )
 
 
 def step_overhead() -> BenchRow:
