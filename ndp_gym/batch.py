@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -83,6 +83,7 @@ class Simulator:
         self._no_state = empty_state(1, model.n_layers * model.n_experts)
         self._services: tuple[Sequence[Service], ServiceArrays] | None = None
         self._counts: tuple[tuple[int, ...], list[Counts]] = ((), [])
+        self._is_loaded = False
         for lane in range(n_lanes):
             self.reset(lane, system)
 
@@ -134,26 +135,21 @@ class Simulator:
         """All lanes, on as many threads as pay."""
         from ndp_gym.kernel import run_lanes
 
-        n_lanes = self.n_lanes
-        chunks = max(1, min(_n_threads(), n_lanes // _LANES_PER_THREAD))
-        scratch = self._scratch(chunks, outputs.replay.step_s.shape[1], windows)
+        scratch = self._scratch(n_chunks(self.n_lanes), outputs.replay.step_s.shape[1], windows)
         state, no_state = self.state, self._no_state
 
-        def run(lo: int, hi: int, counts: Counts) -> None:
+        def run(chunk: int, lo: int, hi: int) -> None:
             for first, last in _same(self.costs, lo, hi):
-                prices = self.costs[first].prices
+                prices, counts = self.costs[first].prices, scratch[chunk]
                 run_lanes(first, last, windows, plans, prices, state, no_state, counts, *outputs)
 
         # nothing compiled or loaded yet in this process (a wrapper that measures has no signatures)
-        if not getattr(run_lanes, "signatures", True):
+        if not self._is_loaded and not getattr(run_lanes, "signatures", True):
             with _said_if_slow():
                 prices = self.costs[0].prices
                 run_lanes(0, 0, windows, plans, prices, state, no_state, scratch[0], *outputs)
-        if chunks == 1:
-            run(0, n_lanes, scratch[0])
-        else:
-            edges = [n_lanes * i // chunks for i in range(chunks + 1)]
-            list(_threads().map(run, edges[:-1], edges[1:], scratch))
+        self._is_loaded = True  # asking numba costs as much as a window
+        over_lanes(self.n_lanes, run)
 
     def _scratch(self, n: int, n_steps: int, windows: Windows) -> list[Counts]:
         """Zeroed counts for ``n`` threads; kept, since fresh memory costs page faults."""
@@ -227,6 +223,24 @@ def _said_if_slow() -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def n_chunks(n_lanes: int) -> int:
+    """Into how many parts `over_lanes` splits."""
+    return max(1, min(_n_threads(), n_lanes // _LANES_PER_THREAD))
+
+
+def over_lanes(n_lanes: int, run: Callable[[int, int, int], None]) -> None:
+    """Call ``run(chunk, first, last)`` for parts of the lanes, on as many threads as pay.
+
+    ``run`` should spend its time in compiled code that lets go of Python's lock.
+    """
+    chunks = n_chunks(n_lanes)
+    if chunks == 1:
+        run(0, 0, n_lanes)
+        return
+    edges = [n_lanes * i // chunks for i in range(chunks + 1)]
+    list(_threads().map(run, range(chunks), edges[:-1], edges[1:]))
 
 
 @cache

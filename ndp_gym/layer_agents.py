@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ndp_gym.batch import over_lanes
 from ndp_gym.lanes import Observations
 from ndp_gym.layer_facts import LaneFacts
 from ndp_gym.layer_features import FEATURES, Estimate, features_of, outside_s
@@ -92,7 +93,7 @@ class LayerAgents:
         self._wanted = np.zeros((n_lanes, *self._shape), np.int64)
         self._has_plan = np.zeros(n_lanes)
         self._loops = import_module("ndp_gym.layer_loops")  # numba comes with it
-        self._seen: tuple[Observations, Routing, Estimate] | None = None
+        self._seen: tuple[Observations, Routing, Estimate, FloatArray] | None = None
 
     def _facts_of(self, system: SystemSpec, quality_weight: float) -> Facts:
         return facts_of(self._model, system, self._quality, quality_weight, self._window)
@@ -121,10 +122,14 @@ class LayerAgents:
         routing = self._forecaster(observations, only)
         share = self._forecaster.mixed(routing, np.zeros(routing.base.shape[:2]))
         estimate = self._estimate(observations, share)
-        self._seen = observations, routing, estimate
+        self._seen = observations, routing, estimate, share
         columns = features_of(observations, routing, estimate, self._facts, self._weights)
-        scaled = [(columns[n] - offset) / scale for n, (offset, scale) in self.features.items()]
-        return np.stack(scaled, axis=-1).clip(-5, 5).astype(np.float32)
+        scaled = np.empty((*routing.base.shape[:2], len(self.features)))
+        for i, name in enumerate(self.features):
+            scaled[..., i] = columns[name]
+        offsets, scales = np.array(list(self.features.values())).T
+        seen: NDArray[np.float32] = ((scaled - offsets) / scales).clip(-5, 5).astype(np.float32)
+        return seen
 
     def decide(self, actions: NDArray[np.floating]) -> Decided:
         """The plans behind ``actions`` [N, L, 4] for what was last observed.
@@ -142,20 +147,25 @@ class LayerAgents:
         context = self._seen[0]["context"]
         budgets = np.floor(entry(context, "hbm_budget_bytes"))[:, None]
         clipped: FloatArray = np.asarray(actions, np.float64).clip(-1, 1)
-        _, rations = self._decoded(np.zeros_like(clipped), budgets)
+        _, rations = self._decoded(None, budgets)
         rations[:, 0] += budgets[:, 0] - rations.sum(axis=1)
         decided, _ = self._decoded(clipped, rations)
         self._wanted = np.where(decided.tier == HBM, decided.bits, 0).astype(np.int64)
         self._has_plan.fill(1)
         return decided
 
-    def _decoded(self, actions: FloatArray, rations: FloatArray) -> tuple[Decided, FloatArray]:
-        """Plans, and the HBM bytes [N, L] that they are charged."""
+    def _decoded(
+        self, actions: FloatArray | None, rations: FloatArray
+    ) -> tuple[Decided, FloatArray]:
+        """Plans, and the HBM bytes [N, L] that they are charged; ``None`` is an action of 0."""
         assert self._seen is not None
-        observations, routing, estimate = self._seen
-        facts = self._facts
-        share = self._forecaster.mixed(routing, actions[..., ACTIONS.index("mix")])
-        load, active = _expected(share, estimate.n_tokens, self._top_k)
+        observations, routing, estimate, share = self._seen
+        facts, load, active = self._facts, estimate.load, estimate.active
+        if actions is None:
+            actions = np.zeros((*share.shape[:2], len(ACTIONS)))
+        else:
+            share = self._forecaster.mixed(routing, actions[..., ACTIONS.index("mix")])
+            load, active = _expected(share, estimate.n_tokens, self._top_k)
         energy = 0.5 * routing.gates + 0.5 * share
         lost = facts.loss * energy[..., None] + facts.guard
         is_near = observations["tier"] == HBM
@@ -163,11 +173,14 @@ class LayerAgents:
         shape = present.shape
         decided = Decided(np.empty(shape, np.uint8), np.empty(shape, np.uint8), np.empty(shape))
         used = np.empty(shape[:2])
-        self._loops.decide(
+        arguments = (
             actions, (load, active, estimate.n_tokens), (present, self._wanted), rations,
             (1 / estimate.step_s, lost, self._has_plan), self._table(), facts.shared.in_place,
             *decided, used,
         )  # fmt: skip
+        over_lanes(
+            len(present), lambda _, first, last: self._loops.decide((first, last), *arguments)
+        )
         return decided, used
 
     def _table(self) -> tuple[object, ...]:

@@ -105,15 +105,14 @@ def features_of(
     facts: LaneFacts,
     weights: FloatArray,
 ) -> dict[str, FloatArray]:
-    """Every feature of `FEATURES`, unscaled, [N, L] each."""
-    shape = estimate.far_s.shape
+    """Every feature of `FEATURES`, unscaled, [N, L] each, or what broadcasts to it."""
     seconds = observations["layer"].astype(np.float64)
     gpu_s, far_s = seconds[..., 0], seconds[..., 1]
     reference_s = estimate.outside_s + estimate.far_s
     layer_s = estimate.outside_s + estimate.experts_s
     measured = far_s.any(axis=1, keepdims=True) | gpu_s.any(axis=1, keepdims=True)
     facts_of_lane = _lane_features(observations, np.asarray(measured)[:, 0], gpu_s, far_s, facts)
-    columns = {
+    return {
         **_coverage("load", estimate.load, {"16th": 16, "8th": 8, "4th": 4, "half": 2}),
         **_coverage("active", estimate.active, {"8th": 8, "4th": 4, "half": 2}),
         "active_share": estimate.active.mean(axis=-1),
@@ -131,7 +130,6 @@ def features_of(
         "log_sensitivity": np.log(np.maximum(weights * len(weights), 1e-3)),
         **{name: column[:, None] for name, column in facts_of_lane.items()},
     }
-    return {name: np.broadcast_to(column, shape) for name, column in columns.items()}
 
 
 def _lane_features(
@@ -175,8 +173,7 @@ def _copies(observations: Observations, estimate: Estimate) -> dict[str, FloatAr
 
 def _coverage(name: str, values: FloatArray, parts: dict[str, int]) -> dict[str, FloatArray]:
     """Share of the sum that the largest 1 / part of the experts have, [N, L] per part."""
-    ranked = -np.sort(-values, axis=-1)
-    sums = np.cumsum(ranked, axis=-1)
+    sums = np.cumsum(np.sort(values, axis=-1)[..., ::-1], axis=-1)
     n_experts = values.shape[-1]
     total = sums[..., -1]
     return {

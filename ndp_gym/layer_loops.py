@@ -215,10 +215,13 @@ def price(n, actions, forecast, held, prices, table, in_place, costs, seconds, f
 
 
 @njit(cache=True, nogil=True)
-def decide(actions, forecast, held, rations, prices, table, in_place, tier, bits, order, used):  # type: ignore[no-untyped-def]
+def decide(
+    lanes, actions, forecast, held, rations, prices, table, in_place, tier, bits, order, used
+):  # type: ignore[no-untyped-def]
     """Fill tier, bits and order [N, L, E] with the plans behind ``actions`` [N, L, 4].
 
     Args:
+        lanes: first and last + 1 of those to fill.
         actions: numbers in [-1, 1].
         forecast: load, active [N, L, E], and expected tokens per step [N].
         held: bits present in HBM and bits wanted by the last plan [N, L, E]; copies of either
@@ -239,7 +242,7 @@ def decide(actions, forecast, held, rations, prices, table, in_place, tier, bits
     load, active, n_tokens = forecast
     widths, top_k = table[0], table[9][2]
     token_s, latency_s, activation_s, floor_s = table[8]
-    n_lanes, n_layers, n_experts = load.shape
+    n_layers, n_experts = load.shape[1:]
     each, wide = (n_layers, n_experts), (n_layers, n_experts, widths.size)
     far_cost, hbm_cost, n_bytes = np.empty(each), np.empty(wide), np.empty(wide)
     costs = far_cost, hbm_cost, n_bytes
@@ -250,7 +253,7 @@ def decide(actions, forecast, held, rations, prices, table, in_place, tier, bits
         np.empty(each, np.int64), np.empty(each, np.int64), np.empty(each, np.int64),
         np.empty(each, np.int64),
     )  # fmt: skip
-    for n in range(n_lanes):
+    for n in range(lanes[0], lanes[1]):
         seconds = gpu_s, far_s, table[4][n]
         top_price = price(
             n, actions, forecast, held, prices, table, in_place, costs, seconds, far_index, factor
