@@ -320,7 +320,8 @@ def test_memory_does_not_grow_with_the_recording(tmp_path: Path) -> None:
     """100,000 tokens of 3 x 16 x 8 bytes = 38 MB of rows; anonymous memory grows by far less."""
     model = ToyModel(n_layers=16, n_experts=60, top_k=8)
     prompts = make_prompts(200, length=496)
-    job = Job(prompts=prompts, sampling=Sampling(n_tokens=4, temperature=0), keep_loops=True)
+    few = Sampling(n_tokens=4, temperature=0)
+    job = Job(prompts=prompts, sampling=few, batch_size=4, keep_loops=True)
     resident: list[int] = []
     with Parts(tmp_path / "p", (16, 8), 60, {}) as parts:
         record(model, job, parts, lambda n_rows, n_spared: resident.append(_anonymous_bytes()))
