@@ -41,13 +41,56 @@ from ndp_gym.reward import reward, reward_terms
 from ndp_gym.rollout import train_profile
 from ndp_gym.schedule import Scheduling
 
-__all__ = ["LayerVecEnv"]
+__all__ = ["LayerVecEnv", "LayerVecEnvs"]
 
 REWARD_SCALE = 3.0
 """Rewards are multiplied by it, as in the study, so that values are of order 1."""
 
 
-class LayerVecEnv(VecEnv):
+class _Agents(VecEnv):
+    """What every `VecEnv` of layer agents shares: spaces, and what SB3 may ask of one."""
+
+    def __init__(self, num_envs: int, n_features: int) -> None:
+        self._actions: NDArray[Any] = np.empty(0)
+        super().__init__(
+            num_envs,
+            spaces.Box(-5.0, 5.0, (n_features,), np.float32),
+            spaces.Box(-1.0, 1.0, (len(ACTIONS),), np.float32),
+        )
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        """Keep the actions, [agents, 4], for `step_wait`."""
+        self._actions = actions
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """The attribute of this object, once per agent."""
+        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Set an attribute of this object, whatever the indices."""
+        setattr(self, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **kwargs: Any
+    ) -> list[Any]:
+        """Agents are no environments of their own.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError(f"layer agents have no method {method_name!r}")
+
+    def env_is_wrapped(
+        self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
+    ) -> list[bool]:
+        """Only Monitor's episode statistics are kept."""
+        return [issubclass(Monitor, wrapper_class) for _ in self._get_indices(indices)]
+
+
+class LayerVecEnv(_Agents):
     """``n_lanes * n_layers`` agents; arguments as for `NDPPlacementEnv`.
 
     Args:
@@ -104,12 +147,7 @@ class LayerVecEnv(VecEnv):
         self._rngs = [np.random.default_rng() for _ in range(n_lanes)]
         self._returns, self._n_windows = np.zeros(n_lanes), np.zeros(n_lanes, np.int64)
         self._started = time.time()
-        self._actions: NDArray[Any] = np.empty(0)
-        super().__init__(
-            n_lanes * self._n_layers,
-            spaces.Box(-5.0, 5.0, (len(self.agents.features),), np.float32),
-            spaces.Box(-1.0, 1.0, (len(ACTIONS),), np.float32),
-        )
+        super().__init__(n_lanes * self._n_layers, len(self.agents.features))
 
     def reset(self) -> VecEnvObs:
         """Start an episode on every copy; seed ``s`` gives copy i the generator of ``s + i``."""
@@ -119,10 +157,6 @@ class LayerVecEnv(VecEnv):
             self._restart(lane)
         self._reset_seeds()
         return self._observe()
-
-    def step_async(self, actions: NDArray[Any]) -> None:
-        """Keep the actions [N * L, 4] for `step_wait`."""
-        self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
         """One window on every copy; those that end begin again at once."""
@@ -175,29 +209,45 @@ class LayerVecEnv(VecEnv):
         features = self.agents.observe(self.lanes.observe(), only=restarted or None)
         return features.reshape(self.num_envs, -1)
 
-    def close(self) -> None:
-        """Nothing to release."""
 
-    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """The attribute of this object, once per agent."""
-        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+class LayerVecEnvs(_Agents):
+    """Several `LayerVecEnv` as one, the agents of the first before those of the next.
 
-    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set an attribute of this object, whatever the indices."""
-        setattr(self, attr_name, value)
+    Recordings, models and machines may differ, so that one network learns from all of them. Group
+    ``g`` seeded with ``s`` runs as it would alone with ``s`` plus the agents before it.
 
-    def env_method(
-        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **kwargs: Any
-    ) -> list[Any]:
-        """Agents are no environments of their own.
+    Raises:
+        ValueError: there is none.
+    """
 
-        Raises:
-            AttributeError: always.
-        """
-        raise AttributeError(f"layer agents have no method {method_name!r}")
+    def __init__(self, groups: Sequence[LayerVecEnv]) -> None:
+        """Join ``groups``; nothing is reset yet."""
+        if not groups:
+            raise ValueError("groups must have at least one environment, got none")
+        self.render_mode = None
+        self.groups = list(groups)
+        self.agents = self.groups[0].agents
+        self._ends = np.cumsum([group.num_envs for group in groups])
+        super().__init__(int(self._ends[-1]), len(self.agents.features))
 
-    def env_is_wrapped(
-        self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
-    ) -> list[bool]:
-        """Only Monitor's episode statistics are kept."""
-        return [issubclass(Monitor, wrapper_class) for _ in self._get_indices(indices)]
+    @property
+    def windows_per_step(self) -> int:
+        """Decode windows that one step replays: one per copy."""
+        return sum(group.lanes.n_lanes for group in self.groups)
+
+    def reset(self) -> VecEnvObs:
+        """Start an episode on every copy of every group."""
+        for group, first in zip(self.groups, (0, *self._ends[:-1]), strict=True):
+            if self._seeds[first] is not None:
+                group.seed(self._seeds[first])
+        self._reset_seeds()
+        return np.concatenate([group.reset() for group in self.groups])
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """One window on every copy of every group."""
+        parts = np.split(self._actions, self._ends[:-1])
+        steps = [group.step(part) for group, part in zip(self.groups, parts, strict=True)]
+        observations, rewards, done = (
+            np.concatenate([np.asarray(step[i]) for step in steps]) for i in range(3)
+        )
+        return observations, rewards, done, [info for step in steps for info in step[3]]

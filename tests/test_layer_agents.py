@@ -14,7 +14,7 @@ from ndp_gym.forecast import Blend, Forecaster, shares
 from ndp_gym.inputs import open_trace
 from ndp_gym.lanes import Lanes
 from ndp_gym.layer_agents import ACTIONS, LayerAgents, layer_rewards
-from ndp_gym.layer_env import LayerVecEnv
+from ndp_gym.layer_env import LayerVecEnv, LayerVecEnvs
 from ndp_gym.layer_features import FEATURES
 from ndp_gym.layer_forecast import LaneForecaster
 from ndp_gym.plan import HBM
@@ -274,3 +274,32 @@ def test_own_rewards_differ_between_layers() -> None:
     assert (per_copy[:, 0] != per_copy[:, 1]).all()
     with pytest.raises(ValueError, match=r"own must be in 0\.\.1"):
         vec_env(own=2.0)
+
+
+def test_groups_of_other_models_run_as_they_would_alone() -> None:
+    wide = replace(MODEL, n_layers=3, n_experts=8, layer_weights=None)
+    trace = make_trace(n_layers=3, n_experts=8)
+    kinds: list[dict[str, Any]] = [{}, {"trace": trace, "model": wide, "n_lanes": 2}]
+    together = LayerVecEnvs([vec_env(**kind) for kind in kinds])
+    alone = [vec_env(**kind) for kind in kinds]
+    first = alone[0].num_envs
+    assert (together.num_envs, together.windows_per_step) == (first + 2 * 3, N + 2)
+    together.seed(3)
+    for env, seed in zip(alone, (3, 3 + first), strict=True):
+        env.seed(seed)
+    observations = np.asarray(together.reset())
+    np.testing.assert_array_equal(observations, np.concatenate([env.reset() for env in alone]))
+    rng = np.random.default_rng(0)
+    for _ in range(7):
+        actions = rng.uniform(-1, 1, (together.num_envs, 4))
+        result = together.step(actions)
+        parts = [
+            env.step(part) for env, part in zip(alone, np.split(actions, [first]), strict=True)
+        ]
+        for i in range(3):
+            whole = np.concatenate([np.asarray(part[i]) for part in parts])
+            np.testing.assert_array_equal(result[i], whole)
+        ends = ["episode" in info for info in result[3]]
+        assert ends == ["episode" in info for part in parts for info in part[3]]
+    with pytest.raises(ValueError, match="at least one environment"):
+        LayerVecEnvs([])
