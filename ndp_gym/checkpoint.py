@@ -110,6 +110,8 @@ class Checkpoint(NamedTuple):
                 raise ValueError(f"{folder}: {index.name} names {name} in {file}, which lacks it")
         config = folder / CONFIG
         facts = parse_json(config.read_bytes(), str(config)) if config.is_file() else {}
+        if not isinstance(facts, dict):
+            raise ValueError(f"{config}: must be a JSON object")
         return cls(tensors, tuple(sources), facts, tuple(paths))
 
 

@@ -89,16 +89,13 @@ def find_experts(checkpoint: Checkpoint) -> ExpertWeights:
     Raises:
         ValueError: there are none, one is incomplete, or layers differ in their experts.
     """
-    config = checkpoint.config
-    depth = config.get("num_hidden_layers") or config.get("text_config", {}).get(
-        "num_hidden_layers"
-    )
+    depth = _depth(checkpoint.config)
     single: dict[tuple[int, int, str], Tensor] = {}
     parts: dict[tuple[int, str], Tensor] = {}
     for name, tensor in checkpoint.tensors.items():
         found = _SINGLE.fullmatch(name) or _FUSED.fullmatch(name)
         matrix = _NAMES.get(found["matrix"]) if found else None
-        if found is None or matrix is None or (depth and int(found["layer"]) >= depth):
+        if found is None or matrix is None or (depth is not None and int(found["layer"]) >= depth):
             continue
         layer = int(found["layer"])
         if expert := found.groupdict().get("expert"):
@@ -115,6 +112,13 @@ def find_experts(checkpoint: Checkpoint) -> ExpertWeights:
         names = f"{next(iter(single.values())).name} and {next(iter(parts.values())).name}"
         raise ValueError(f"{_where(checkpoint)}: experts are stored in two ways: {names}")
     return _of_single(checkpoint, single) if single else _of_fused(checkpoint, parts)
+
+
+def _depth(config: Mapping[str, Any]) -> int | None:
+    """Layers of the model proper; in models of text and images those of the text part."""
+    text = config.get("text_config")
+    depth = (text if isinstance(text, dict) else config).get("num_hidden_layers")
+    return depth if isinstance(depth, int) else None
 
 
 def _of_single(

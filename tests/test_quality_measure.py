@@ -157,6 +157,16 @@ def test_a_sharded_folder_with_other_layers_and_experts(tmp_path: Path, experts:
     assert np.array_equal(by_index.relative_error, found.relative_error)
 
 
+@pytest.mark.parametrize("depth", [{"text_config": {"num_hidden_layers": 1}}, {}])
+def test_the_depth_may_stand_with_the_text_part(
+    tmp_path: Path, experts: Experts, depth: dict[str, Any]
+) -> None:
+    write(tmp_path / "model.safetensors", mixtral(experts))
+    (tmp_path / "config.json").write_text(json.dumps(depth))
+    found = measure(tmp_path, tmp_path / "q", bits=(1,))
+    assert found.layers == ((0,) if depth else (0, 1))
+
+
 def test_a_folder_without_an_index(tmp_path: Path, experts: Experts) -> None:
     write(tmp_path / "model.safetensors", mixtral(experts))
     found = measure(tmp_path, tmp_path / "out" / "q", bits=(1,))
@@ -343,6 +353,9 @@ def test_incomplete_folders_are_named(tmp_path: Path, experts: Experts) -> None:
     index.write_text('{"weight_map": {"a": "../b"}}')
     with pytest.raises(ValueError, match=r"the file of a must be a plain name, got '../b'"):
         measure(folder, out)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json: must be a JSON object"):
+        measure(second, out)
     index.write_text("{}")
     with pytest.raises(ValueError, match="must hold a weight_map"):
         measure(folder, out)
