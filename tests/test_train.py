@@ -17,7 +17,8 @@ from ndp_gym.layer_agents import ACTIONS
 from ndp_gym.layer_features import FEATURES
 from policies.agent import LayerAgent
 from tests.wandb_reader import read_run
-from train.ppo import Args, ValScore, parse, train
+from train.options import parse
+from train.ppo import Args, ValScore, train
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY: dict[str, Any] = {
@@ -134,7 +135,7 @@ def test_training_is_tracked_offline(tmp_path: Path) -> None:
 
 
 def test_options_are_the_fields_of_the_arguments() -> None:
-    args = parse(["--n-windows", "10", "--gamma", "0.3", "--resume", "--trace", "x"])
+    args = parse(Args, ["--n-windows", "10", "--gamma", "0.3", "--resume", "--trace", "x"], "")
     assert args == Args(n_windows=10, gamma=0.3, resume=True, trace="x")
 
 

@@ -1,21 +1,21 @@
 """Train layer agents with PPO: ``python -m train.ppo --out runs/ppo`` and watch val.
 
-One network decides for every layer (`ndp_gym.layer_env`). The agent is scored on the val split
-every few thousand windows beside `balance`; the best one is kept. The output folder gets ``best``
-and ``last`` (agents, each a .safetensors and a .json), ``checkpoint`` (to resume), ``wandb``. The
-test split is never opened here.
+One network decides for every layer (`ndp_gym.layer_env`), of every recording that is named. The
+agent is scored on the val split every few thousand windows beside `balance`; the best one is kept.
+The output folder gets ``best`` and ``last`` (agents, each a .safetensors and a .json),
+``checkpoint`` (to resume), ``wandb``. The test split is never opened here. ``--conf-file`` takes
+experiments from ``train/experiments``.
 
     ndp-gym evaluate --split val --policies agent:path=runs/ppo/best,balance
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,50 +25,34 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from ndp_gym.agent_file import Agent, save_agent
+from ndp_gym.agent_file import Agent, load_agent, save_agent
 from ndp_gym.commands.evaluate import parse_budget
-from ndp_gym.inputs import find_model, find_system, open_trace
-from ndp_gym.layer_env import LayerVecEnv
-from ndp_gym.policy import Policy
+from ndp_gym.layer_env import LayerVecEnv, LayerVecEnvs
 from ndp_gym.provenance import git_commit, package_versions
-from ndp_gym.quality import QualityModel
-from ndp_gym.reward import quality_weight as weight_of
-from ndp_gym.rollout import Task, run_policy, train_profile
+from ndp_gym.rollout import Task
 from ndp_gym.tracking import Mode, tracked_run
 from policies.agent import LayerAgent
 from policies.balance import Balance
+from train.options import parse
+from train.setting import Setting, traces_of, val_tasks, weight, window_rewards
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(Setting):
     """What a run is; every field is an option of the command."""
 
     out: str = "runs/ppo"
     """folder for agents, checkpoint and wandb files"""
     resume: bool = False
     """go on from the checkpoint in the folder"""
-    seed: int = 0
-    """of network, exploration and order of requests"""
+    init: str | None = None
+    """agent to start from (default: a new network)"""
     n_windows: int = 60_000
     """decode windows to train on, all copies together"""
     eval_every: int = 4_096
     """windows between two evaluations and checkpoints"""
-    trace: str | None = None
-    """recording (default: the bundled one)"""
-    model: str | None = None
-    """model preset (default: the one the recording names)"""
-    system: str | None = None
-    """system preset"""
-    batch_size: int = 8
-    """requests decoded at once"""
-    window: int = 16
-    """decode steps per plan"""
-    hbm_budget: str = "0.10"
-    """share of 16-bit experts, bytes (8GB) or auto"""
-    quality_weight: str = "balanced"
-    """speed, balanced, quality, or reward per nat"""
     n_lanes: int = 16
-    """copies of the environment, each with one agent per layer"""
+    """copies of the environment per recording, each with one agent per layer"""
     own: float = 1.0
     """share of an agent's reward that is its own layer's"""
     n_steps: int = 32
@@ -117,19 +101,20 @@ class WandbWriter(KVWriter):
 class ValScore(BaseCallback):
     """Evaluates on val, keeps the best agent and a checkpoint, and says how far it got."""
 
-    def __init__(self, args: Args, task: Task, agents: int, card: dict[str, Any]) -> None:
-        """Score `balance` once; ``agents`` is the number of layers."""
+    def __init__(self, args: Args, tasks: Sequence[Task], card: dict[str, Any]) -> None:
+        """Score `balance` once."""
         super().__init__()
-        self.args, self.task, self.agents, self.card = args, task, agents, card
+        self.args, self.tasks, self.card = args, tasks, card
         self.out = Path(args.out)
-        self.balance = window_rewards(Balance(), task)
+        self.balance = [window_rewards(Balance(), task) for task in tasks]
+        self.balance_score = mean_of(self.balance)
         self.best, self.scored_at, self.started_at = -np.inf, 0, 0
         self.start = time.monotonic()
 
     @property
     def n_windows(self) -> int:
         """Windows replayed so far, of all copies."""
-        return self.model.num_timesteps // self.agents
+        return windows_of(self.model, self.model.num_timesteps)
 
     def _on_step(self) -> bool:
         return True
@@ -142,32 +127,24 @@ class ValScore(BaseCallback):
         """Write the present agent, score it on val, and keep it as the best if it is."""
         self.scored_at = self.n_windows
         save_agent(agent_of(self.model, self.card), self.out / "last")
-        rewards = window_rewards(LayerAgent(str(self.out / "last")), self.task)
-        score, gain = float(rewards.mean()), rewards - self.balance
-        error = float(gain.std(ddof=1) / np.sqrt(len(gain)))
+        rewards = [window_rewards(LayerAgent(str(self.out / "last")), t) for t in self.tasks]
+        scores = {**scores_of(rewards, self.balance), "n_windows_trained": self.n_windows}
+        score = scores["reward"]
         if score > self.best:
             self.best = score
-            scores = {
-                "split": "val",
-                "reward": score,
-                "reward_balance": float(self.balance.mean()),
-                "gain": float(gain.mean()),
-                "gain_standard_error_over_windows": error,
-                "share_of_windows_won": float((gain > 0).mean()),
-                "n_windows_trained": self.n_windows,
-                "note": "chosen as the best of this run on val, so the score is optimistic",
-            }
-            save_agent(agent_of(self.model, {**self.card, "scores": scores}), self.out / "best")
+            note = "chosen as the best of this run on val, so the score is optimistic"
+            card = {**self.card, "scores": {**scores, "note": note}}
+            save_agent(agent_of(self.model, card), self.out / "best")
         self.checkpoint()
         self.logger.record("val/reward", score)
         self.logger.record("val/best", self.best)
-        self.logger.record("val/gain_over_balance", float(gain.mean()))
+        self.logger.record("val/gain_over_balance", scores["gain"])
         done = self.n_windows - self.started_at
         seconds = time.monotonic() - self.start
         left = max(self.args.n_windows - self.n_windows, 0) * seconds / max(done, 1)
         print(
             f"{self.n_windows:7d}/{self.args.n_windows} windows  {seconds:4.0f} s, {left:4.0f} s "
-            f"left  val {score:.4f} (best {self.best:.4f}, balance {self.balance.mean():.4f})",
+            f"left  val {score:.4f} (best {self.best:.4f}, balance {self.balance_score:.4f})",
             flush=True,
         )
 
@@ -188,25 +165,82 @@ class ValScore(BaseCallback):
         model.set_parameters(state["parameters"])
         model.num_timesteps = state["num_timesteps"]
         self.best = state["best"]
-        self.started_at = self.scored_at = model.num_timesteps // self.agents
+        self.started_at = self.scored_at = windows_of(model, model.num_timesteps)
 
 
-def window_rewards(policy: Policy, task: Task) -> NDArray[np.float64]:
-    """Reward of every window of the task's split, in file order: windows pair between policies."""
-    terms = run_policy(policy, task, seed=0).terms
-    return np.array(terms["throughput"]) + task.quality_weight * np.array(terms["quality"])
+def mean_of(rewards: Sequence[NDArray[np.float64]]) -> float:
+    """Mean over tasks of the mean over windows: every recording and episode counts the same."""
+    return float(np.mean([values.mean() for values in rewards]))
+
+
+def scores_of(
+    rewards: Sequence[NDArray[np.float64]], balance: Sequence[NDArray[np.float64]]
+) -> dict[str, Any]:
+    """What a card says about an agent on val, beside `balance`; one array per task."""
+    if len(rewards) == 1:
+        gain, over = rewards[0] - balance[0], "windows"
+    else:
+        pairs = zip(rewards, balance, strict=True)
+        gain, over = np.array([one.mean() - other.mean() for one, other in pairs]), "episodes"
+    return {
+        "split": "val",
+        "reward": mean_of(rewards),
+        "reward_balance": mean_of(balance),
+        "gain": float(gain.mean()),
+        f"gain_standard_error_over_{over}": float(gain.std(ddof=1) / np.sqrt(len(gain))),
+        f"share_of_{over}_won": float((gain > 0).mean()),
+    }
+
+
+def windows_of(model: BaseAlgorithm, steps: int) -> int:
+    """Decode windows behind ``steps`` of agents, as SB3 counts them."""
+    env: Any = model.get_env()
+    return int(steps * env.get_attr("windows_per_step", 0)[0] // env.num_envs)
 
 
 def agent_of(model: BaseAlgorithm, card: dict[str, Any]) -> Agent:
     """The policy network of ``model`` without its critic and its noise."""
-    policy: Any = model.policy
-    linear = [m for m in policy.mlp_extractor.policy_net if isinstance(m, torch.nn.Linear)]
     layers = [
-        (m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy())
-        for m in [*linear, policy.action_net]
+        (m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy()) for m in _linear(model)
     ]
     env: Any = model.get_env()
     return Agent(features=env.get_attr("agents", 0)[0].features, layers=layers, card=card)
+
+
+def take_over(model: BaseAlgorithm, agent: Agent) -> None:
+    """Start from the weights of ``agent``; critic and noise stay as they are.
+
+    Raises:
+        ValueError: it has other features or sizes than the network of ``model``.
+    """
+    mine = agent_of(model, {})
+    shapes = [[weight.shape for weight, _ in a.layers] for a in (agent, mine)]
+    if list(agent.features.items()) != list(mine.features.items()) or shapes[0] != shapes[1]:
+        raise ValueError(f"init must have the features and sizes {shapes[1]}, got {shapes[0]}")
+    with torch.no_grad():
+        for linear, (weights, bias) in zip(_linear(model), agent.layers, strict=True):
+            linear.weight.copy_(torch.as_tensor(weights))
+            linear.bias.copy_(torch.as_tensor(bias))
+
+
+def _linear(model: BaseAlgorithm) -> list[torch.nn.Linear]:
+    policy: Any = model.policy
+    hidden = [m for m in policy.mlp_extractor.policy_net if isinstance(m, torch.nn.Linear)]
+    return [*hidden, policy.action_net]
+
+
+def environment(args: Args) -> LayerVecEnvs:
+    """One group of copies per recording."""
+    max_windows = 10**6 if args.conditions == "fix" else args.episode_windows
+    return LayerVecEnvs([
+        LayerVecEnv(
+            args.n_lanes, trace=path, model=args.model, system=args.system,
+            batch_size=args.batch_size, window=args.window,
+            hbm_budget=parse_budget(args.hbm_budget), quality_weight=weight(args.quality_weight),
+            conditions=args.conditions, own=args.own, max_windows=max_windows,
+        )
+        for path in traces_of(args)
+    ])  # fmt: skip
 
 
 def train(args: Args) -> Path:
@@ -214,11 +248,7 @@ def train(args: Args) -> Path:
     torch.set_num_threads(1)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    env = LayerVecEnv(
-        args.n_lanes, trace=args.trace, model=args.model, system=args.system,
-        batch_size=args.batch_size, window=args.window, hbm_budget=parse_budget(args.hbm_budget),
-        quality_weight=weight(args.quality_weight), own=args.own, max_windows=10**6,
-    )  # fmt: skip
+    env = environment(args)
     model = PPO(
         "MlpPolicy", env, seed=args.seed, n_steps=args.n_steps, batch_size=args.minibatch,
         n_epochs=args.n_epochs, gamma=args.gamma, gae_lambda=args.gae_lambda,
@@ -228,11 +258,13 @@ def train(args: Args) -> Path:
     )  # fmt: skip
     card = {
         "training": {k: v for k, v in asdict(args).items() if k not in NOT_IN_CARD},
-        "trace_sha256": env.lanes.trace.sha256,
+        "trace_sha256": [group.lanes.trace.sha256 for group in env.groups],
         "commit": git_commit(),
         "versions": dict(package_versions()),
     }
-    scoring = ValScore(args, val_task(args), env.num_envs // args.n_lanes, card)
+    if args.init:
+        take_over(model, load_agent(args.init))
+    scoring = ValScore(args, val_tasks(args), card)
     if args.resume:
         scoring.resume(model)
         env.seed(args.seed + model.num_timesteps)  # other orders of requests than at the start
@@ -241,53 +273,17 @@ def train(args: Args) -> Path:
         name=f"layer_agents__ppo__{args.seed}__{int(time.time())}",
     ) as run:  # fmt: skip
         model.set_logger(Logger(None, [WandbWriter(run)]))
-        steps = args.n_windows * scoring.agents - model.num_timesteps
+        steps = args.n_windows * env.num_envs // env.windows_per_step - model.num_timesteps
         try:
             model.learn(max(steps, 0), callback=scoring, reset_num_timesteps=False)
         except KeyboardInterrupt:
             print(f"stopped after {scoring.n_windows} windows; go on with --resume")
         scoring.model = model
         scoring.score()
-        run.summary.update({"val/best": scoring.best, "val/balance": scoring.balance.mean()})
-    print(f"best on val {scoring.best:.4f}, balance {scoring.balance.mean():.4f}: {out / 'best'}")
+        run.summary.update({"val/best": scoring.best, "val/balance": scoring.balance_score})
+    print(f"best on val {scoring.best:.4f}, balance {scoring.balance_score:.4f}: {out / 'best'}")
     return out / "best.safetensors"
 
 
-def val_task(args: Args) -> Task:
-    """The val split under the conditions of training, as ``ndp-gym evaluate`` runs it."""
-    trace = open_trace(args.trace)
-    return Task(
-        trace=trace, model=find_model(args.model, trace), system=find_system(args.system),
-        batch_size=args.batch_size, window=args.window, hbm_budget=parse_budget(args.hbm_budget),
-        split="val", scheduling="continuous", quality=QualityModel(),
-        quality_weight=weight(args.quality_weight), max_windows=None, profile=train_profile(trace),
-    )  # fmt: skip
-
-
-def weight(text: str) -> float:
-    """The quality weight behind a name or a number."""
-    try:
-        return weight_of(float(text))
-    except ValueError:
-        return weight_of(text)
-
-
-def parse(argv: Sequence[str] | None = None) -> Args:
-    """The options of the command line; help texts are the docstrings of the fields."""
-    parser = argparse.ArgumentParser(description="Train layer agents with PPO.")
-    hints = get_type_hints(Args)
-    for field in fields(Args):
-        assert field.default is not MISSING
-        name, kind = "--" + field.name.replace("_", "-"), hints[field.name]
-        if kind is bool:
-            parser.add_argument(name, action="store_true")
-        elif kind in (int, float, str):
-            parser.add_argument(name, type=kind, default=field.default, metavar="X")
-        else:
-            choices = get_args(kind) if field.name == "wandb" else None
-            parser.add_argument(name, default=field.default, choices=choices)
-    return Args(**vars(parser.parse_args(argv)))
-
-
 if __name__ == "__main__":
-    train(parse())
+    train(parse(Args, None, "Train layer agents with PPO."))
