@@ -15,7 +15,7 @@ ROOMS = {
     "specs": "specs",
     "presets": "presets",
     "trace": "trace trace_content trace_counts trace_file trace_loops trace_metadata trace_predict "
-    "trace_requests trace_spans trace_stats synthesize replay replay_kernel importers",
+    "trace_requests trace_series trace_spans trace_stats synthesize replay replay_kernel importers",
     "quality": "quality quality_file quantizers quantizer_loops checkpoint expert_weights "
     "quality_measure",
     "cost": "cost budget",
@@ -28,6 +28,7 @@ ROOMS = {
     "evaluate": "statistics provenance contenders results rows rollout scenarios regret explain "
     "plan_export plan_targets "
     "evaluation uncertainty figure report report_uncertainty tracking "
+    "trace_page trace_page_style trace_svg "
     "validation bench bench_large layer_env",
     "cli": "commands cli __main__",
 }

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ndp_gym.commands.trace.make import FORMATS, add_makers
-from ndp_gym.commands.trace.printing import print_info, print_table
+from ndp_gym.commands.trace.printing import checked_out, print_info, print_table
 
 if TYPE_CHECKING:
     from ndp_gym.trace import RoutingTrace
+    from ndp_gym.trace_stats import TraceStatistics
 
 __all__ = ["FORMATS", "add_parser"]
 
@@ -33,6 +34,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
                 "--no-loops", action="store_true", help="skip the search for loops"
             )
             command.add_argument("--seed", type=int, default=0, help="of the shuffled control")
+            command.add_argument(
+                "--html", type=Path, metavar="F", help="also write one page with charts, offline"
+            )
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -61,13 +65,26 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_stats(args: argparse.Namespace) -> int:
-    """Print the statistics of a trace; returns 0."""
+    """Print the statistics of a trace, and write them as a page with ``--html``; returns 0."""
     from ndp_gym.trace_stats import trace_statistics
 
+    out = None if args.html is None else checked_out(args.html, [args.trace], "--html")
     trace = _open(args.trace)
     s = trace_statistics(trace, args.phase, seed=args.seed, loops=not args.no_loops)
+    rows = _statistics_table(trace, s)
+    print_table(f"{args.trace}: {args.phase} rows", ("statistic", "value", "beside it"), rows)
+    if out is not None:
+        from ndp_gym.trace_page import write_page
+
+        write_page(out, trace, s, rows, phase=args.phase, seed=args.seed)
+        print(f"Wrote {out}")
+    return 0
+
+
+def _statistics_table(trace: "RoutingTrace", s: "TraceStatistics") -> list[tuple[str, str, str]]:
+    """Rows of statistic, value and what stands beside it."""
     uniform = trace.top_k / trace.n_experts
-    rows = [
+    return [
         ("rows, requests", f"{s.n_rows:,}, {s.n_requests:,}", ""),
         ("Zipf exponent", _number(s.zipf), f"per request {_number(s.zipf_request)}"),
         ("entropy / ln E", _number(s.entropy), f"per request {_number(s.entropy_request)}"),
@@ -101,8 +118,6 @@ def run_stats(args: argparse.Namespace) -> int:
         ("rows in a loop", _number(s.looped_share), "share"),
         ("gate weight by rank", " ".join(map(_number, s.gate_profile or ())) or "none", ""),
     ]
-    print_table(f"{args.trace}: {args.phase} rows", ("statistic", "value", "beside it"), rows)
-    return 0
 
 
 def _open(path: Path) -> "RoutingTrace":

@@ -67,16 +67,16 @@ def print_table(title: str, columns: Sequence[str], rows: Rows) -> None:
     console.print(table)
 
 
-def checked_out(out: Path, inputs: Sequence[Path]) -> Path:
-    """``out`` if it can be written and is none of the inputs.
+def checked_out(out: Path, inputs: Sequence[Path], option: str = "--out") -> Path:
+    """``out``, which ``option`` gave, if it can be written and is none of the inputs.
 
     Raises:
         ValueError: It is a folder, in no folder, or one of ``inputs``.
     """
     if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ValueError(f"--out must be a file in a folder that exists, got {out}")
+        raise ValueError(f"{option} must be a file in a folder that exists, got {out}")
     if any(path.exists() and out.exists() and path.samefile(out) for path in inputs):
-        raise ValueError(f"--out must not be one of the files that are read, got {out}")
+        raise ValueError(f"{option} must not be one of the files that are read, got {out}")
     return out
 
 
