@@ -49,7 +49,9 @@ def test_places_are_constants_on_their_scale() -> None:
 def test_equal_seeds_tune_equally_within_the_budget_and_the_file_is_a_policy(
     tmp_path: Path,
 ) -> None:
-    paths = [tune(Args(out=str(tmp_path / name), **TINY)) for name in "ab"]
+    paths = [
+        tune(Args(out=str(tmp_path / n), jobs=jobs, **TINY)) for n, jobs in [("a", 1), ("b", 2)]
+    ]
     one, other = (json.loads(path.read_text()) for path in paths)
     assert one == other
     assert [t["seed"] for t in one["tunings"]] == [0, 1]

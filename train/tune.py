@@ -12,9 +12,13 @@ beside all others and the untuned policy. The budget is in windows and equals th
 from __future__ import annotations
 
 import json
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -98,6 +102,8 @@ class Args(Setting):
     """constants tried per generation"""
     train_windows: int = 192
     """windows per recording on which each of them is scored"""
+    jobs: int = 1
+    """tunings at the same time, each in a process"""
 
 
 @dataclass
@@ -108,6 +114,7 @@ class Tuning:
     mean: FloatArray
     spread: FloatArray
     n_windows: int = 0
+    is_stopped: bool = False
     train: list[float] = field(default_factory=list)
     """score of the distribution's mean on each generation's episodes"""
 
@@ -119,22 +126,33 @@ def tune(args: Args) -> Path:
     default = Scored.of(args.policy, held_out)
     print(f"{args.policy} on val: {default.reward:.4f}")
     path = Path(args.out) / f"{args.policy}_{args.conditions}.json"
-    is_stopped = False
-    for seed in range(args.seed, args.seed + args.n_tunings):
-        tuning = _fresh(seed, ranges)
-        try:
-            search(tuning, args)
-        except KeyboardInterrupt:
-            is_stopped = True
-            print(f"stopped after {tuning.n_windows} windows")
+    for tuning in searches(args):
         scored = Scored.of(spec_of(args.policy, ranges, tuning.mean), held_out)
-        print(f"tuning {seed} on val: {scored.reward:.4f}, untuned {default.reward:.4f}")
+        print(f"tuning {tuning.seed} on val: {scored.reward:.4f}, untuned {default.reward:.4f}")
         tunings.append((tuning, scored))
         _write(path, args, held_out, default, tunings)
-        if is_stopped:
+        if tuning.is_stopped:
             break
     print(f"wrote {path}")
     return path
+
+
+def searches(args: Args) -> Iterator[Tuning]:
+    """Every tuning, when it is done or was stopped by Ctrl-C."""
+    seeds = range(args.seed, args.seed + args.n_tunings)
+    if args.jobs == 1:
+        yield from (search(args, seed) for seed in seeds)
+        return
+    # Ctrl-C reaches all processes: those that search stop, this one waits for what they found.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(
+        args.jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.default_int_handler)
+    )
+    try:
+        yield from pool.map(search, repeat(args), seeds)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, before)
 
 
 class Scored(NamedTuple):
@@ -154,9 +172,22 @@ class Scored(NamedTuple):
         return float(self.rewards.mean())
 
 
-def search(tuning: Tuning, args: Args) -> None:
-    """Spend the tuning's windows, generation by generation."""
-    ranges, rng = RANGES[args.policy], np.random.default_rng(tuning.seed)
+def search(args: Args, seed: int) -> Tuning:
+    """One tuning, until its windows are spent or Ctrl-C."""
+    ranges = RANGES[args.policy]
+    mean = np.array([r.start_place for r in ranges.values()])
+    tuning = Tuning(seed=seed, mean=mean, spread=np.full(len(mean), _FIRST_SPREAD))
+    try:
+        _spend(tuning, args, ranges)
+    except KeyboardInterrupt:
+        tuning.is_stopped = True
+        print(f"stopped after {tuning.n_windows} windows")
+    return tuning
+
+
+def _spend(tuning: Tuning, args: Args, ranges: dict[str, Range]) -> None:
+    """Move the distribution, generation by generation."""
+    rng = np.random.default_rng(tuning.seed)
     n_episodes, start = max(1, args.train_windows // args.episode_windows), time.monotonic()
     per_generation = 0
     while tuning.n_windows + per_generation <= args.n_windows:
@@ -178,8 +209,8 @@ def search(tuning: Tuning, args: Args) -> None:
         seconds = time.monotonic() - start
         left = max(args.n_windows - tuning.n_windows, 0) * seconds / tuning.n_windows
         print(
-            f"{tuning.n_windows:7d}/{args.n_windows} windows  {seconds:4.0f} s, {left:4.0f} s left"
-            f"  mean {scores[0]:.4f}, best {scores.max():.4f}",
+            f"seed {tuning.seed}: {tuning.n_windows:7d}/{args.n_windows} windows  {seconds:4.0f} s, "
+            f"{left:4.0f} s left  mean {scores[0]:.4f}, best {scores.max():.4f}",
             flush=True,
         )
 
@@ -194,11 +225,6 @@ def spec_of(policy: str, ranges: dict[str, Range], places: FloatArray) -> str:
     """The policy's name with the constants at ``places`` as options."""
     constants = (f"{n}={r.value(p)!r}" for (n, r), p in zip(ranges.items(), places, strict=True))
     return f"{policy}:{','.join(constants)}"
-
-
-def _fresh(seed: int, ranges: dict[str, Range]) -> Tuning:
-    mean = np.array([r.start_place for r in ranges.values()])
-    return Tuning(seed=seed, mean=mean, spread=np.full(len(mean), _FIRST_SPREAD))
 
 
 def _write(
@@ -235,7 +261,7 @@ def _write(
             }
             for tuning, scored in tunings
         ],
-        "training": {k: v for k, v in asdict(args).items() if k != "out"},
+        "training": {k: v for k, v in asdict(args).items() if k not in ("out", "jobs")},
         "trace_sha256": list(dict.fromkeys(task.trace.sha256 for task in held_out)),
         "commit": git_commit(),
         "versions": dict(package_versions()),
