@@ -209,7 +209,7 @@ def _spend(tuning: Tuning, args: Args, ranges: dict[str, Range]) -> None:
         seconds = time.monotonic() - start
         left = max(args.n_windows - tuning.n_windows, 0) * seconds / tuning.n_windows
         print(
-            f"seed {tuning.seed}: {tuning.n_windows:7d}/{args.n_windows} windows  {seconds:4.0f} s, "
+            f"seed {tuning.seed}: {tuning.n_windows:7d}/{args.n_windows} windows {seconds:5.0f} s, "
             f"{left:4.0f} s left  mean {scores[0]:.4f}, best {scores.max():.4f}",
             flush=True,
         )
