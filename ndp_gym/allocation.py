@@ -8,7 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndp_gym.cost import CostTable
-from ndp_gym.fillings import Fillings, Prices, Window, far_seconds, layer_seconds, variance
+from ndp_gym.fillings import (
+    Fillings,
+    Prices,
+    Window,
+    far_seconds,
+    layer_seconds,
+    per_layer,
+    variance,
+)
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -78,16 +86,18 @@ def far_widths(
     expected, items, rows = window.expected, options.items, np.arange(len(chosen))
     ranking, is_hot = _hot(options, chosen)
     cold = ~is_hot
-    far_s = prices.far_factor * far_seconds(window.table, window.in_place, expected)
+    layers = per_layer(prices, len(chosen))
+    far_s = layers.far_factor[:, None, None] * far_seconds(window.table, window.in_place, expected)
     gpu_var = (variance(items.gpu_s[ranking, rows], expected) * is_hot).sum(-1)
     hot_load = (expected.load * is_hot).sum(-1)
     shares = np.array(FAR_SHARES if window.in_place else FAR_SHARES[:1])
-    widths = (prices.second * shares[:, None, None, None] * far_s + window.lost).argmin(-1)
+    far_price = (shares[:, None] * layers.second)[..., None, None]
+    widths = (far_price * far_s + window.lost).argmin(-1)
     experts = np.arange(cold.size).reshape(cold.shape) * far_s.shape[-1] + widths
     seconds, loss = far_s.ravel()[experts] * cold, window.lost.ravel()[experts] * cold
     spread = gpu_var + variance(seconds, expected).sum(-1)
     total = layer_seconds(window, at(options.gpu_s, chosen), seconds.sum(-1), spread, hot_load)
-    best = (prices.second * total + loss.sum(-1)).argmin(0)  # [L]; the first of equals
+    best = (layers.second * total + loss.sum(-1)).argmin(0)  # [L]; the first of equals
     return shares[best], widths[best, rows]
 
 

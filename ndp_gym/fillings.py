@@ -24,21 +24,34 @@ PRESENT_FIRST = 1e9
 class Prices(NamedTuple):
     """Exchange rates into the objective (nats of log time), at which widths and experts are bought.
 
+    All but ``byte`` are [L], or one number for all layers: see `per_layer`.
+
     Attributes:
         second: of a step's second.
         byte: of an HBM byte.
         copy_second: of a second of copying over the link.
-        far_share: [L] what a second of the far device adds to the layer's time, 1 where it is the
+        far_share: what a second of the far device adds to the layer's time, 1 where it is the
             slower side; the GPU's second adds the rest.
         gpu_factor, far_factor: expected seconds are multiplied by these.
     """
 
-    second: float
+    second: FloatArray | float
     byte: float
-    copy_second: float
+    copy_second: FloatArray | float
+    far_share: FloatArray | float
+    gpu_factor: FloatArray | float
+    far_factor: FloatArray | float
+
+
+class LayerPrices(NamedTuple):
+    """`Prices` with every field but ``byte`` an array [L]."""
+
+    second: FloatArray
+    byte: float
+    copy_second: FloatArray
     far_share: FloatArray
-    gpu_factor: float
-    far_factor: float
+    gpu_factor: FloatArray
+    far_factor: FloatArray
 
 
 class Window(NamedTuple):
@@ -91,9 +104,10 @@ class Fillings(NamedTuple):
 def fillings(window: Window, prices: Prices) -> Fillings:
     """Every prefix of every ranking of every layer."""
     table, expected = window.table, window.expected
-    items = _items(window, prices)
+    layers = per_layer(prices, len(expected.load))
+    items = _items(window, layers)
     ranked = _ranked_sums(items, expected)
-    compute_s = prices.gpu_factor * table.gpu_token_s * ranked["load"]
+    compute_s = layers.gpu_factor[:, None] * table.gpu_token_s * ranked["load"]
     gpu_s = _launch_s(table, items, expected, ranked["active"])
     gpu_s = gpu_s + np.maximum(ranked["gpu_s"], compute_s)
     far_s = items.far_s.sum(-1, keepdims=True) - ranked["far_s"]
@@ -101,14 +115,30 @@ def fillings(window: Window, prices: Prices) -> Fillings:
     spread = np.maximum(ranked["gpu_var"] + far_var, 0.0)
     seconds = layer_seconds(window, gpu_s, far_s, spread, ranked["load"])
     loss = items.far_loss.sum(-1, keepdims=True) - ranked["far_loss"] + ranked["hbm_loss"]
+    copying = layers.copy_second[:, None] * ranked["copy_s"]
     return Fillings(
-        objective=_by_layer(prices.second * seconds + loss + prices.copy_second * ranked["copy_s"]),
+        objective=_by_layer(layers.second[:, None] * seconds + loss + copying),
         seconds=_by_layer(seconds),
         gpu_s=_by_layer(gpu_s),
         copy_s=_by_layer(ranked["copy_s"]),
         n_bytes=_by_layer(ranked["n_bytes"]),
         items=items,
     )
+
+
+def per_layer(prices: Prices, n_layers: int) -> LayerPrices:
+    """``prices`` with numbers repeated for every layer.
+
+    Raises:
+        ValueError: an array is not of one entry per layer.
+    """
+    arrays: dict[str, FloatArray] = {}
+    for name in ("second", "copy_second", "far_share", "gpu_factor", "far_factor"):
+        value = np.asarray(getattr(prices, name), dtype=np.float64)
+        if value.shape not in ((), (n_layers,)):
+            raise ValueError(f"{name} must be one number or [{n_layers}], not {value.shape}")
+        arrays[name] = np.broadcast_to(value, n_layers)
+    return LayerPrices(byte=prices.byte, **arrays)
 
 
 def layer_seconds(
@@ -145,16 +175,16 @@ def far_seconds(table: CostTable, in_place: bool, expected: Forecast) -> FloatAr
     return served
 
 
-def _items(window: Window, prices: Prices) -> Items:
+def _items(window: Window, prices: LayerPrices) -> Items:
     """Widths, costs in and out of HBM, and the ranking, for every rule of choosing HBM widths."""
     table, present, lost = window.table, window.present, window.lost
     overlap = table.overlap if window.in_place else 0.0
-    far_price = prices.second * (overlap * prices.far_share + 1 - overlap)[:, None, None]
+    far_price = (prices.second * (overlap * prices.far_share + 1 - overlap))[:, None, None]
     # Ranked as if the far device were at least as slow: HBM would else fill with cold experts.
     far_rank = prices.second * (overlap * np.maximum(prices.far_share, 0.5) + 1 - overlap)
-    gpu_price = prices.second * (1 - overlap * np.maximum(prices.far_share, 0.5))[:, None, None]
-    far_s = prices.far_factor * far_seconds(table, window.in_place, window.expected)
-    gpu_s = prices.gpu_factor * window.expected.active[..., None] * table.gpu_weight_s
+    gpu_price = (prices.second * (1 - overlap * np.maximum(prices.far_share, 0.5)))[:, None, None]
+    far_s = prices.far_factor[:, None, None] * far_seconds(table, window.in_place, window.expected)
+    gpu_s = (prices.gpu_factor[:, None] * window.expected.active)[..., None] * table.gpu_weight_s
     n_bytes = np.maximum(table.weight_bytes, _bytes_of(table, present)[..., None]).astype(
         np.float64
     )
@@ -162,7 +192,7 @@ def _items(window: Window, prices: Prices) -> Items:
 
     far_index = (far_price * far_s + lost).argmin(-1)
     far_s_best, far_loss = _pick(far_index[None], far_s, lost)
-    hbm_cost = gpu_price * gpu_s + lost + prices.copy_second * copy_s
+    hbm_cost = gpu_price * gpu_s + lost + prices.copy_second[:, None, None] * copy_s
     hbm_index = _width_rules(table, present, hbm_cost + prices.byte * n_bytes)
     hbm_best, gpu_s_best, hbm_loss, copy_s_best, charged = _pick(
         hbm_index, hbm_cost, gpu_s, lost, copy_s, n_bytes
