@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from tokenize import TokenError
 from typing import Any, NamedTuple
 
@@ -38,7 +39,9 @@ def layout(data: bytes, name: str) -> Layout:
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, fortran, dtype = reader(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old headers, which are read all the same
+            shape, fortran, dtype = reader(file)
     except KeyError:
         raise ValueError(f"{name}: .npy version must be 1.0 or 2.0, got {version}") from None
     except (ValueError, SyntaxError, TypeError, TokenError, RecursionError, MemoryError) as error:

@@ -189,7 +189,8 @@ def _recorder(source: Source) -> npt.NDArray[Any]:
 
 def _summed(counts: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Counts [layers, E] of [layers, E] or [steps, layers, E]."""
-    return counts if counts.ndim == 2 else counts.sum(axis=0)
+    with np.errstate(over="ignore"):  # infinite counts are refused with the others
+        return counts if counts.ndim == 2 else counts.astype(np.float64).sum(axis=0)
 
 
 def _profile(
@@ -214,7 +215,8 @@ def _profile(
         )
     if not np.isfinite(load).all() or load.min() < 0:
         raise ValueError(f"{source}: counts must be finite and >= 0, got {load.min()}")
-    total = load.sum(axis=1, keepdims=True)
+    with np.errstate(over="ignore"):  # said below
+        total = load.sum(axis=1, keepdims=True)
     if not (np.isfinite(total).all() and total.min() > 0):
         layer = int(np.argmin(total))
         raise ValueError(

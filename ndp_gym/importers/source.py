@@ -21,7 +21,7 @@ MAX_BYTES = 2 * GIB
 MAX_RATIO = 200  # routing text packs 5..50 times
 FREE_BYTES = 64 * MIB  # unpacked size below which the ratio does not matter
 AS_PROFILE = "use it as a popularity profile (ndp-gym evaluate --profile)"
-_CHUNK = 4 * MIB
+_CHUNK = MIB // 4
 
 
 @dataclass(frozen=True, eq=False)

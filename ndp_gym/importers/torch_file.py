@@ -1,6 +1,7 @@
 """A ``.pt`` file read without running anything in it."""
 
 import io
+import warnings
 import zipfile
 from importlib import import_module
 from typing import Any
@@ -30,7 +31,9 @@ def load(source: Source) -> Any:
         raise source.fail(f"entries must fit into its {len(source.data)} bytes: damaged or forged")
     torch = import_module("torch")  # by name: a simulator without it reads every other format
     try:
-        return torch.load(io.BytesIO(source.data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols, in damaged files
+            return torch.load(io.BytesIO(source.data), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise a dozen types, all of them mean the same
         reason = " ".join(str(error).split())[:120]
         raise source.fail(
