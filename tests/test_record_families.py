@@ -184,6 +184,13 @@ def test_unknown_rule_for_logits_is_an_error() -> None:
         route(HuggingFaceModel(model), np.array([1, 2]))
 
 
+def test_layers_of_different_top_k_are_refused() -> None:
+    model = family_model.__wrapped__("mixtral")
+    model.model.layers[1].mlp.gate.top_k = 1
+    with pytest.raises(ValueError, match=r"mixtral: .* the same top_k, got \[\(8, 1\), \(8, 2\)\]"):
+        HuggingFaceModel(model)
+
+
 def test_weights_fall_by_rank_but_for_phimoe() -> None:
     for family in FAMILIES:
         gates = recorded(family)[1][1].gate_weights.astype(float)

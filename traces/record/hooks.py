@@ -106,8 +106,9 @@ def stack_rows(layers: Sequence[Routing], n_tokens: Sequence[int], n_experts: in
     Raises:
         ValueError: A router gave too few or too many tokens.
     """
-    ids = torch.stack([layer.ids for layer in layers], dim=1)
-    gates = torch.stack([layer.gates for layer in layers], dim=1)
+    device = layers[0].ids.device  # layers may lie on several
+    ids = torch.stack([layer.ids.to(device) for layer in layers], dim=1)
+    gates = torch.stack([layer.gates.to(device) for layer in layers], dim=1)
     n_sequences, (n_total, n_layers, top_k) = len(n_tokens), ids.shape
     if n_total % n_sequences or n_total // n_sequences != max(n_tokens):
         raise ValueError(

@@ -169,12 +169,12 @@ class HuggingFaceModel:
             (_n_experts(module, self.config), getattr(module, "top_k", None) or self._config_top_k)
             for _, module in found
         }
-        if len(shapes) != 1 or None in (shape := shapes.pop()):
+        (n_experts, top_k), *others = shapes
+        if others or n_experts is None or top_k is None:
             raise ValueError(
-                f"{self.architecture}: all layers must have the same experts and top_k, and say "
-                f"them, got {sorted(shapes | {shape}, key=str)}"
+                f"{self.architecture}: all layers must have the same number of experts and the "
+                f"same top_k, got {sorted(shapes, key=str)}"
             )
-        n_experts, top_k = shape
         return int(n_experts), int(top_k)
 
     @property

@@ -42,10 +42,11 @@ def import_transformers() -> Any:
         raise ValueError(
             f"recording needs transformers, which is an extra: pip install -e '.[record]' ({error})"
         ) from None
-    transformers.logging.set_verbosity_error()
+    library: Any = transformers
+    library.logging.set_verbosity_error()
     if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-    return transformers
+        library.logging.disable_progress_bar()
+    return library
 
 
 def load_model(source: Source, *, ignore_stop: bool = False) -> HuggingFaceModel:
