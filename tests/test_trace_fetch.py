@@ -1,7 +1,9 @@
 """``ndp-gym trace fetch``: the catalogue, mirrors, and downloads from a pretended server."""
 
 import errno
+import http.client
 import io
+import re
 import urllib.error
 from collections.abc import Callable
 from dataclasses import replace
@@ -68,6 +70,25 @@ def test_every_recording_is_pinned_licensed_and_has_an_importer() -> None:
         facts = known_source([file.sha256 for file in row.files if not file.sidecar])
         assert facts is not None
         assert (facts.licence, row.repository in facts.source) == (row.licence, True)
+
+
+@pytest.mark.shared
+def test_the_catalogue_agrees_with_the_attribution_of_all_five_sources(shared_traces: Path) -> None:
+    text = (shared_traces / "ATTRIBUTION.md").read_text()
+    attributed = {
+        path: sha256
+        for sha256, path in re.findall(r"^([0-9a-f]{64})  (\S+)$", text, re.M)
+        if not path.endswith(("/LICENSE", "/prompt-manifest.json"))  # texts, not routing
+    }
+    files = {f"{row.folder}/{file.path}": (row, file) for row in catalogue() for file in row.files}
+    assert {path: file.sha256 for path, (_, file) in files.items()} == attributed
+    for path, (row, file) in files.items():
+        (line,) = [line for line in text.splitlines() if f"`{row.folder}` |" in line]
+        assert f"github.com/{row.repository} @ {row.commit}" in line
+        assert f"| {row.licence}" in line
+        plain = shared_traces / path
+        source = open_source(plain if plain.is_file() else plain.with_name(plain.name + ".gz"))
+        assert (source.sha256, len(source.data)) == (file.sha256, file.bytes)
 
 
 @pytest.mark.shared
@@ -153,6 +174,8 @@ def failing(error: Exception) -> Callable[[Request], Answer]:
         (urllib.error.URLError("Tunnel connection failed: 407"), "Tunnel connection failed: 407"),
         (TimeoutError("timed out"), "timed out"),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "reset by peer"),
+        (http.client.InvalidURL("nonnumeric port: 'port'"), "nonnumeric port"),
+        (http.client.BadStatusLine("SSH-2.0"), "SSH-2.0"),
         (urllib.error.HTTPError("u", 404, "Not Found", Message(), None), "404 Not Found"),
     ],
 )

@@ -4,6 +4,7 @@ Nothing is redistributed: the catalogue holds where a file is, its licence and i
 """
 
 import difflib
+import http.client
 import os
 import tomllib
 import urllib.error
@@ -194,7 +195,7 @@ def _receive(
             f"{url}: the server refused it with {error.code} {error.reason}; "
             f"get the file elsewhere and name its folder with --mirror"
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise ValueError(f"{url}: not reached ({reason}); {_advice()}") from None
     if total < size:
