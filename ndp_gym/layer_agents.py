@@ -150,9 +150,13 @@ class LayerAgents:
         _, rations = self._decoded(None, budgets)
         rations[:, 0] += budgets[:, 0] - rations.sum(axis=1)
         decided, _ = self._decoded(clipped, rations)
-        self._wanted = np.where(decided.tier == HBM, decided.bits, 0).astype(np.int64)
-        self._has_plan.fill(1)
+        self.ordered(decided.tier, decided.bits)
         return decided
+
+    def ordered(self, tier: NDArray[np.integer], bits: NDArray[np.integer]) -> None:
+        """Note the plans [N, L, E] that run, where they are not those of the last `decide`."""
+        self._wanted = np.where(tier == HBM, bits, 0).astype(np.int64)
+        self._has_plan.fill(1)
 
     def _decoded(
         self, actions: FloatArray | None, rations: FloatArray
