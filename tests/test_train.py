@@ -2,20 +2,26 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from ndp_gym.agent_file import Agent, load_agent, save_agent
 from ndp_gym.evaluation import evaluate
+from ndp_gym.inputs import bundled_trace_path
 from ndp_gym.layer_agents import ACTIONS
 from ndp_gym.layer_features import FEATURES
+from ndp_gym.trace import RoutingTrace
 from policies.agent import LayerAgent
+from tests.conftest import make_trace
 from tests.wandb_reader import read_run
 from train.options import parse
 from train.ppo import Args, ValScore, train
@@ -145,3 +151,52 @@ def test_the_shipped_agent_scores_on_val_what_its_card_says() -> None:
     assert rows["agent"]["reward"] == pytest.approx(scores["reward"], abs=2e-3)
     assert rows["balance"]["reward"] == pytest.approx(scores["reward_balance"], abs=2e-3)
     assert scores["gain"] > 5 * scores["gain_standard_error_over_windows"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "train/experiments").glob("*.yml")), ids=str)
+def test_experiments_are_options(path: Path) -> None:
+    text = path.read_text()
+    args = parse(Args, ["--conf-file", str(path)], "")
+    assert f"n_timesteps: {args.n_windows} " in text
+    assert args.conditions in text or args.conditions == "fix"
+    assert (args.gamma, args.hidden, args.learning_rate, args.window) == (0.5, 64, 1e-3, 16)
+    assert f"batch_size: {args.minibatch}\n" in text
+    command = next(line for line in text.splitlines() if line.startswith("# python -m train.ppo"))
+    assert f"--conf-file {path.relative_to(ROOT)}" in command
+
+
+def test_the_defaults_are_the_experiment_that_the_shipped_agent_comes_from() -> None:
+    assert parse(Args, ["--conf-file", str(ROOT / "train/experiments/fix.yml")], "") == Args(
+        hbm_budget="0.1"
+    )
+
+
+def test_the_sweep_varies_options_that_exist() -> None:
+    sweep = yaml.safe_load((ROOT / "train/sweep.yaml").read_text())
+    command, last = sweep["command"][2], sweep["command"][-1]
+    assert last == "${args}"
+    argv = shlex.split(command.partition("train.ppo")[2])[:-1]
+    first = [
+        values.get("values", [values.get("min")])[0] for values in sweep["parameters"].values()
+    ]
+    argv += [f"--{name}={value}" for name, value in zip(sweep["parameters"], first, strict=True)]
+    args = parse(Args, argv, "")
+    assert (args.conditions, args.wandb) == ("rand", "online")
+    assert [getattr(args, name) for name in sweep["parameters"]] == first
+
+
+def test_one_network_learns_from_recordings_of_several_models(tmp_path: Path) -> None:
+    trace = make_trace(n_layers=32, n_experts=8, n_conversations=40)
+    metadata = replace(trace.metadata, preset="mixtral-8x7b")
+    other = RoutingTrace.from_arrays(trace.expert_ids, trace.requests, metadata)
+    other.save(tmp_path / "other.safetensors")
+    both = f"{bundled_trace_path()},{tmp_path / 'other.safetensors'}"
+    options = {**TINY, "n_windows": 32, "eval_every": 100, "n_lanes": 2, "conditions": "rand"}
+    args = Args(out=str(tmp_path), trace=both, episode_windows=4, val_episodes=1, **options)
+    card = json.loads(train(args).with_suffix(".json").read_text())
+    assert len(card["trace_sha256"]) == 2
+    assert card["scores"]["n_windows_trained"] == 32
+    assert card["scores"]["gain"] == pytest.approx(
+        card["scores"]["reward"] - card["scores"]["reward_balance"]
+    )
+    assert "share_of_episodes_won" in card["scores"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
@@ -29,8 +30,10 @@ ZOO_NAMES = {"n_timesteps": "n_windows", "n_envs": "n_lanes", "batch_size": "min
 def parse(kind: type[T], argv: Sequence[str] | None, description: str) -> T:
     """The options ``kind`` that the command line gives; help texts are the docstrings of fields.
 
-    Ends the program with one sentence where an option or the file is wrong.
+    Words of a name may be joined by hyphens or, as sweeps have them, by underscores. Ends the
+    program with one sentence where an option or the file is wrong.
     """
+    argv = [_hyphened(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--conf-file", metavar="F", help="YAML with options; those given here win")
     hints, texts = get_type_hints(kind), _docstrings(kind)
@@ -44,6 +47,11 @@ def parse(kind: type[T], argv: Sequence[str] | None, description: str) -> T:
     given = vars(parser.parse_args(argv))
     del given["conf_file"]
     return kind(**given)
+
+
+def _hyphened(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
 def from_file(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
