@@ -156,7 +156,9 @@ def balance(
     table, window, options = facts.table, best.window, best.options
     present = window.present
     chosen = keep_or_change(options, best.chosen, present, budget_bytes, knobs.min_gain)
-    _, far_index = far_widths(window, best.prices, options, chosen)
+    far_index = best.far_index
+    if chosen is not best.chosen:
+        _, far_index = far_widths(window, best.prices, options, chosen)
     target = target_of(table, options, chosen)
     if copies.planned.any():
         can_arrive = knobs.migration_cap * facts.window * best.guess.step_s * table.link_bytes_per_s
@@ -174,6 +176,7 @@ class _Answer(NamedTuple):
     prices: Prices
     options: Fillings
     chosen: IntArray
+    far_index: IntArray
     guess: Guess
 
 
@@ -197,12 +200,13 @@ def _search(
         far_factor=knobs.far_factor,
     )
     lost = facts.loss * expected.energy[..., None] + facts.guard + _remake(facts, copies, second)
-    window = Window(facts.table, facts.in_place, expected, lost, copies.present)
+    far_s = far_seconds(facts.table, facts.in_place, expected)
+    window = Window(facts.table, facts.in_place, expected, far_s, lost, copies.present)
     options = fillings(window, prices)
     chosen, byte_price = within_budget(options, budget_bytes)
     layers_s = float(at(options.seconds, chosen).sum())
     step_s = _outside_s(facts.table, expected) + layers_s
-    far_share, _ = far_widths(window, prices, options, chosen)
+    far_share, far_index = far_widths(window, prices, options, chosen)
     rest = float(at(options.objective, chosen).sum()) - second * layers_s
     return _Answer(
         objective=knobs.price * float(np.log(step_s)) + rest,
@@ -210,6 +214,7 @@ def _search(
         prices=prices,
         options=options,
         chosen=chosen,
+        far_index=far_index,
         guess=Guess(step_s, byte_price, far_share),
     )
 
@@ -245,6 +250,8 @@ def hot_plan(
 
 def _remake(facts: Facts, copies: Copies, second: float) -> FloatArray:
     """[L, E, NB] price of requantising to a width that is not the planned one (0 with replicas)."""
+    if not facts.requantise_s.any():
+        return facts.requantise_s
     changes = (copies.planned[..., None] != facts.table.bits) & copies.planned.any()
     priced: FloatArray = changes * (second * facts.requantise_s / facts.window)
     return priced

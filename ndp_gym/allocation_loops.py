@@ -1,0 +1,119 @@
+"""Compiled loops of `ndp_gym.allocation`: one filling per layer, all of them within the budget."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+_BISECTIONS = 20
+_FILL_STEPS = 32
+
+
+_LOOP: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+_INNER = {**_LOOP, "cache": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""Called by loops of this file alone: half the time to compile."""
+
+
+@njit(**_LOOP)
+def within_budget(objective, n_bytes, budget_bytes):  # type: ignore[no-untyped-def]
+    """The best filling per layer under the least byte price that keeps the budget.
+
+    Returns:
+        [L] columns of ``objective`` and ``n_bytes`` [L, X], and the price.
+    """
+    n_layers, n_ways = objective.shape
+    left, n_left = np.empty((n_layers, n_ways), np.int64), np.empty(n_layers, np.int64)
+    # Bytes chosen at a price that fits and at one that does not: all later choices lie between.
+    fits, exceeds = np.empty(n_layers), np.empty(n_layers)
+    least, most, smallest = np.inf, -np.inf, np.inf
+    for layer in range(n_layers):
+        n_left[layer], fits[layer], exceeds[layer] = n_ways, -np.inf, np.inf
+        for way in range(n_ways):
+            left[layer, way] = way
+            least, most = min(least, objective[layer, way]), max(most, objective[layer, way])
+            if 0 < n_bytes[layer, way] < smallest:
+                smallest = n_bytes[layer, way]
+    chosen = np.empty(n_layers, np.int64)
+    if _choose(chosen, 0.0, objective, n_bytes, left, n_left, fits, exceeds) <= budget_bytes:
+        return chosen, 0.0
+    _note(exceeds, chosen, n_bytes)
+    high = 2 * (most - least) / smallest  # above it nothing is worth its bytes
+    low = high * 1e-6
+    for _ in range(_BISECTIONS):
+        middle = math.sqrt(low * high)
+        used = _choose(chosen, middle, objective, n_bytes, left, n_left, fits, exceeds)
+        if used <= budget_bytes:
+            high = middle
+            _note(fits, chosen, n_bytes)
+        else:
+            low = middle
+            _note(exceeds, chosen, n_bytes)
+    _choose(chosen, high, objective, n_bytes, left, n_left, fits, exceeds)
+    _fill_up(chosen, objective, n_bytes, budget_bytes)
+    return chosen, high
+
+
+@njit(**_INNER)
+def _note(bound, chosen, n_bytes):  # type: ignore[no-untyped-def]
+    for layer in range(chosen.size):
+        bound[layer] = n_bytes[layer, chosen[layer]]
+
+
+@njit(**_INNER)
+def _choose(chosen, price, objective, n_bytes, left, n_left, fits, exceeds):  # type: ignore[no-untyped-def]
+    """Fill ``chosen`` with the best of the columns ``left``, dropping those of bytes out of range.
+
+    Returns:
+        Bytes of all layers.
+    """
+    used = 0.0
+    for layer in range(chosen.size):
+        low, high = min(fits[layer], exceeds[layer]), max(fits[layer], exceeds[layer])
+        least, best, kept = np.inf, 0, 0
+        for k in range(n_left[layer]):
+            way = left[layer, k]
+            size = n_bytes[layer, way]
+            if low <= size <= high:
+                left[layer, kept] = way
+                kept += 1
+                value = objective[layer, way] + price * size
+                if value < least:
+                    least, best = value, way
+        n_left[layer], chosen[layer] = kept, best
+        used += n_bytes[layer, best]
+    return used
+
+
+@njit(**_INNER)
+def _fill_up(chosen, objective, n_bytes, budget_bytes):  # type: ignore[no-untyped-def]
+    """Spend what the common price left over: the layer that gains most takes it, and again."""
+    n_layers, n_ways = objective.shape
+    candidate, stale = np.empty(n_layers, np.int64), np.empty(n_layers, np.bool_)
+    used = 0.0  # sums of whole numbers are exact
+    for layer in range(n_layers):
+        used += n_bytes[layer, chosen[layer]]
+        candidate[layer], stale[layer] = chosen[layer], True
+    for _ in range(_FILL_STEPS):
+        top, taker = 0.0, -1
+        for layer in range(n_layers):
+            room = n_bytes[layer, chosen[layer]] + (budget_bytes - used)
+            if stale[layer] or n_bytes[layer, candidate[layer]] > room:
+                least = np.inf
+                for way in range(n_ways):
+                    if n_bytes[layer, way] <= room and objective[layer, way] < least:
+                        least, candidate[layer] = objective[layer, way], way
+                stale[layer] = False
+            gain = objective[layer, chosen[layer]] - objective[layer, candidate[layer]]
+            if gain > top:
+                top, taker = gain, layer
+        if taker < 0:
+            break
+        more = n_bytes[taker, candidate[taker]] - n_bytes[taker, chosen[taker]]
+        chosen[taker] = candidate[taker]
+        used += more
+        if more < 0:
+            for layer in range(n_layers):
+                stale[layer] = True

@@ -1,0 +1,332 @@
+"""Compiled loops of `ndp_gym.fillings`: what fillings of a layer cost, and what follows from one.
+
+They read few plain arrays, which is what numba compiles and calls fastest: the indices below name
+their rows and entries.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+SECOND, COPY_SECOND, FAR_SHARE, GPU_FACTOR, FAR_FACTOR = range(5)
+"""Rows of ``rates`` [5, L]: prices and factors of each layer."""
+BYTES, GPU_WEIGHT_S, LAUNCH_S, COPY_S = range(4)
+"""Rows of ``widths`` [4, NB]: the nominal costs of a copy."""
+TOKEN_S, FLOOR_S, LATENCY_S, ACTIVATION_S, OVERLAP, N_TOKENS, TOP_K = range(7)
+"""Entries of ``constants`` [7]; ``OVERLAP`` is -1 where the far device does not compute."""
+OBJECTIVE, SECONDS, GPU_S, N_BYTES = range(4)
+"""Entries of ``costs`` [4, L, C, E + 1]: see `ndp_gym.fillings.Fillings`."""
+WIDTH, RANKING = range(2)
+"""Entries of ``choices`` [2, C, L, E]: see `ndp_gym.fillings.Items`."""
+CHARGED, GAIN = range(2)
+"""Entries of ``values`` [2, C, L, E]."""
+_OWN_S, _REST_S, _VARIANCE, _LOSS, _SIZE, _LOAD, _ACTIVE, _IDLE = range(8)
+"""Columns of a sheet [E, 8]: what an expert adds to the sums over a prefix, or multiplies."""
+_FAR_S, _FAR_LOSS, _FAR_VARIANCE, _DOUBT = range(4)
+"""Columns of a sheet [E, 4]: an expert outside HBM."""
+_RUN = 8
+_PRESENT_FIRST = 1e9
+_WHOLE_POWERS = 1024.0
+
+
+_LOOP: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+_INNER = {**_LOOP, "cache": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""Called by loops of this file alone: half the time to compile."""
+
+
+@njit(**_INNER)
+def _power(x, n):  # type: ignore[no-untyped-def]
+    """``x ** n``; by squaring where ``n`` is a whole number, several times faster."""
+    if n != math.floor(n) or n > _WHOLE_POWERS:
+        return x**n
+    left, result = int(n), 1.0
+    while left > 0:
+        if left & 1:
+            result *= x
+        x *= x
+        left >>= 1
+    return result
+
+
+@njit(**_INNER)
+def _layer_seconds(gpu_s, far_s, spread, hbm_load, constants):  # type: ignore[no-untyped-def]
+    """Expected seconds of a layer's experts: GPU and far branch, overlapped or in series.
+
+    Args:
+        gpu_s: expected seconds of the HBM experts.
+        far_s: expected seconds of the others, without activations.
+        spread: variance of the difference of the two.
+        hbm_load: tokens per step served from HBM.
+        constants: of the window.
+    """
+    overlap, n_tokens, top_k = constants[OVERLAP], constants[N_TOKENS], constants[TOP_K]
+    if overlap < 0.0:
+        return gpu_s + far_s
+    # A token crosses unless all K experts are in HBM.
+    stays = _power(min(hbm_load / (n_tokens * top_k), 1.0), top_k)
+    any_far = 1.0 - _power(stays, n_tokens)
+    sent_s = any_far * 2.0 * constants[LATENCY_S]
+    sent_s += n_tokens * (1.0 - stays) * constants[ACTIVATION_S]
+    far_s = max(any_far * constants[FLOOR_S], sent_s + far_s)
+    # E max(G, N): exact where the means agree (normal difference) and where they lie far apart.
+    apart = gpu_s - far_s
+    longer = 0.5 * (gpu_s + far_s + math.sqrt(apart * apart + 2.0 / math.pi * spread))
+    return overlap * longer + (1.0 - overlap) * (gpu_s + far_s)
+
+
+@njit(**_INNER)
+def _far_best(far_sheet, rates, layer, overlap, active, far_s, lost):  # type: ignore[no-untyped-def]
+    """Fill ``far_sheet`` with the costs of the layer's experts at their best width outside HBM."""
+    price = rates[SECOND, layer] * (overlap * rates[FAR_SHARE, layer] + 1.0 - overlap)
+    factor = rates[FAR_FACTOR, layer]
+    for e in range(active.shape[1]):
+        best, least = 0, np.inf
+        for b in range(lost.shape[2]):
+            value = price * (factor * far_s[layer, e, b]) + lost[layer, e, b]
+            if value < least:
+                best, least = b, value
+        seconds = factor * far_s[layer, e, best]
+        # Variance of a time, by its expectation squared: an expert is active or not.
+        doubt = (1.0 - active[layer, e]) / max(active[layer, e], 1e-12)
+        far_sheet[e, _FAR_S], far_sheet[e, _FAR_LOSS] = seconds, lost[layer, e, best]
+        far_sheet[e, _FAR_VARIANCE], far_sheet[e, _DOUBT] = seconds * seconds * doubt, doubt
+
+
+@njit(**_INNER)
+def _hbm_costs(cost, best, rates, layer, overlap, byte, active, widths, lost, held):  # type: ignore[no-untyped-def]
+    """Fill the objective ``cost`` [E, NB] of the layer's experts in HBM and the ``best`` width."""
+    price = rates[SECOND, layer] * (1.0 - overlap * max(rates[FAR_SHARE, layer], 0.5))
+    for e in range(active.shape[1]):
+        own = held[layer, e]
+        least = np.inf
+        for b in range(lost.shape[2]):
+            seconds = rates[GPU_FACTOR, layer] * active[layer, e] * widths[GPU_WEIGHT_S, b]
+            copy_s = 0.0 if b == own else widths[COPY_S, b]
+            value = price * seconds + lost[layer, e, b] + rates[COPY_SECOND, layer] * copy_s
+            cost[e, b] = value
+            size = widths[BYTES, b]
+            if own >= 0:
+                size = max(size, widths[BYTES, own])
+            if value + byte * size < least:
+                best[e], least = b, value + byte * size
+
+
+@njit(**_INNER)
+def _sort(order, key, spare):  # type: ignore[no-untyped-def]
+    """Sort ``order`` by ``key``, ties by number: the faster, the more of it is sorted already."""
+    n = order.size
+    for first in range(0, n, _RUN):
+        for i in range(first + 1, min(first + _RUN, n)):
+            e, j = order[i], i
+            while j > first and _precedes(e, order[j - 1], key):
+                order[j] = order[j - 1]
+                j -= 1
+            order[j] = e
+    width = _RUN
+    while width < n:
+        for first in range(0, n - width, 2 * width):
+            middle, last = first + width, min(first + 2 * width, n)
+            if not _precedes(order[middle], order[middle - 1], key):
+                continue
+            for i in range(first, middle):
+                spare[i] = order[i]
+            i, j = first, middle
+            for at in range(first, last):
+                if i < middle and (j == last or not _precedes(order[j], spare[i], key)):
+                    order[at] = spare[i]
+                    i += 1
+                elif j < last:
+                    order[at] = order[j]
+                    j += 1
+        width *= 2
+
+
+@njit(**_INNER)
+def _precedes(a, b, key):  # type: ignore[no-untyped-def]
+    return key[a] < key[b] or (key[a] == key[b] and a < b)
+
+
+@njit(**_INNER)
+def _prefixes(costs, layer, c, order, sheet, far_sheet, widths, width, rates, constants, idle):  # type: ignore[no-untyped-def]
+    """Fill ``costs``: the first k experts of ``order`` in HBM, the others far, for every k."""
+    n_experts = order.size
+    own_s, rest_s, spread, loss, n_bytes, load, launched_s = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for e in range(n_experts):
+        rest_s += far_sheet[e, _FAR_S]
+        loss += far_sheet[e, _FAR_LOSS]
+        spread += far_sheet[e, _FAR_VARIANCE]
+    for b in range(idle.size):
+        idle[b] = 1.0
+    second, token_s = rates[SECOND, layer], rates[GPU_FACTOR, layer] * constants[TOKEN_S]
+    for k in range(n_experts + 1):
+        if k > 0:
+            e = order[k - 1]
+            own_s += sheet[e, _OWN_S]
+            rest_s -= sheet[e, _REST_S]
+            spread += sheet[e, _VARIANCE]
+            loss += sheet[e, _LOSS]
+            n_bytes += sheet[e, _SIZE]
+            load += sheet[e, _LOAD]
+            # One launch per width of which some expert is active.
+            b = width[e]
+            before = idle[b]
+            idle[b] = before * sheet[e, _IDLE]
+            launched_s += widths[LAUNCH_S, b] * (before - idle[b])
+        gpu_s = launched_s + max(own_s, token_s * load)
+        seconds = _layer_seconds(gpu_s, max(rest_s, 0.0), max(spread, 0.0), load, constants)
+        costs[OBJECTIVE, layer, c, k] = second * seconds + loss
+        costs[SECONDS, layer, c, k] = seconds
+        costs[GPU_S, layer, c, k] = gpu_s
+        costs[N_BYTES, layer, c, k] = n_bytes
+
+
+@njit(**_LOOP)
+def fill(rates, byte, load, active, widths, constants, far_s, lost, held, costs, choices, values):  # type: ignore[no-untyped-def]
+    """Fill ``costs``, ``choices`` and ``values``: every prefix of every ranking of every layer.
+
+    Rankings are by gain less the price of the bytes, ties by expert: HBM at each width alone, at
+    the best one per expert, and the copies present first, at the width they have: ``held`` [L, E],
+    -1 where there is none.
+    """
+    n_layers, n_experts, nb = lost.shape
+    sheet, far_sheet = np.empty((n_experts, 8)), np.empty((n_experts, 4))
+    key, spare, idle = np.empty(n_experts), np.empty(n_experts, np.int64), np.empty(nb)
+    hbm_cost = np.empty((n_experts, nb))
+    best, order = np.empty(n_experts, np.int64), np.empty(n_experts, np.int64)
+    for e in range(n_experts):
+        order[e] = e
+    overlap = max(constants[OVERLAP], 0.0)
+    for layer in range(n_layers):
+        _far_best(far_sheet, rates, layer, overlap, active, far_s, lost)
+        _hbm_costs(hbm_cost, best, rates, layer, overlap, byte, active, widths, lost, held)
+        # Ranked as if the far device were at least as slow: HBM would else fill with cold experts.
+        price = rates[SECOND, layer] * (overlap * max(rates[FAR_SHARE, layer], 0.5) + 1.0 - overlap)
+        for e in range(n_experts):
+            sheet[e, _LOAD], sheet[e, _IDLE] = load[layer, e], math.exp(-active[layer, e])
+            sheet[e, _REST_S] = far_sheet[e, _FAR_S]
+        for c in range(nb + 2):
+            for e in range(n_experts):
+                own = held[layer, e]
+                b = c if c < nb else own if c > nb and own >= 0 else best[e]
+                size = widths[BYTES, b] if own < 0 else max(widths[BYTES, b], widths[BYTES, own])
+                gain = price * far_sheet[e, _FAR_S] + far_sheet[e, _FAR_LOSS] - hbm_cost[e, b]
+                key[e] = byte * size - gain
+                if c > nb and own >= 0:
+                    key[e] -= _PRESENT_FIRST
+                own_s = rates[GPU_FACTOR, layer] * active[layer, e] * widths[GPU_WEIGHT_S, b]
+                copy_s = 0.0 if b == own else widths[COPY_S, b]
+                own_loss = lost[layer, e, b] + rates[COPY_SECOND, layer] * copy_s
+                sheet[e, _OWN_S], sheet[e, _SIZE] = own_s, size
+                sheet[e, _LOSS] = own_loss - far_sheet[e, _FAR_LOSS]
+                own_variance = own_s * own_s * far_sheet[e, _DOUBT]
+                sheet[e, _VARIANCE] = own_variance - far_sheet[e, _FAR_VARIANCE]
+                choices[WIDTH, c, layer, e] = b
+                values[CHARGED, c, layer, e], values[GAIN, c, layer, e] = size, gain
+            _sort(order, key, spare)
+            for k in range(n_experts):
+                choices[RANKING, c, layer, k] = order[k]
+            width = choices[WIDTH, c, layer]
+            _prefixes(
+                costs, layer, c, order, sheet, far_sheet, widths, width, rates, constants, idle
+            )
+
+
+@njit(**_LOOP)
+def buy_far(  # type: ignore[no-untyped-def]
+    rates, load, active, widths, constants, far_s, lost, shares, chosen, gpu_s, ranking, index
+):
+    """[L] of ``shares`` under which the layer is best, and [L, E] far width indices under them.
+
+    ``shares`` [S] of the far device in the layer's time are tried; ``chosen`` are [L] flat indices
+    into (C, E + 1). ``gpu_s``, ``ranking`` and ``index`` (of widths) are from `fill`.
+    """
+    n_layers, n_experts, nb = lost.shape
+    best_share, best = np.empty(n_layers), np.empty((n_layers, n_experts), np.int64)
+    hot, found = np.empty(n_experts, np.bool_), np.empty(n_experts, np.int64)
+    for layer in range(n_layers):
+        c, count = chosen[layer] // (n_experts + 1), chosen[layer] % (n_experts + 1)
+        for k in range(n_experts):
+            hot[ranking[c, layer, k]] = k < count
+        hot_variance, hot_load, least = 0.0, 0.0, np.inf
+        factor = rates[FAR_FACTOR, layer]
+        for e in range(n_experts):
+            if hot[e]:
+                own_s = widths[GPU_WEIGHT_S, index[c, layer, e]]
+                own_s *= rates[GPU_FACTOR, layer] * active[layer, e]
+                doubt = (1.0 - active[layer, e]) / max(active[layer, e], 1e-12)
+                hot_variance += own_s * own_s * doubt
+                hot_load += load[layer, e]
+        for share in shares:
+            price, seconds, loss, spread = share * rates[SECOND, layer], 0.0, 0.0, hot_variance
+            for e in range(n_experts):
+                b, lowest = 0, np.inf
+                for other in range(nb):
+                    value = price * (factor * far_s[layer, e, other]) + lost[layer, e, other]
+                    if value < lowest:
+                        b, lowest = other, value
+                found[e] = b
+                if not hot[e]:
+                    own_s = factor * far_s[layer, e, b]
+                    seconds += own_s
+                    loss += lost[layer, e, b]
+                    doubt = (1.0 - active[layer, e]) / max(active[layer, e], 1e-12)
+                    spread += own_s * own_s * doubt
+            total = _layer_seconds(gpu_s[layer, c, count], seconds, spread, hot_load, constants)
+            if rates[SECOND, layer] * total + loss < least:
+                least, best_share[layer] = rates[SECOND, layer] * total + loss, share
+                for e in range(n_experts):
+                    best[layer, e] = found[e]
+    return best_share, best
+
+
+@njit(**_LOOP)
+def stage(bits, value, present_value, present, bytes_of, budget_bytes, can_arrive):  # type: ignore[no-untyped-def]
+    """The bits and values, flat, of `ndp_gym.allocation.stage`; ``bytes_of`` is by bits."""
+    n = bits.size
+    staged, worth, key = np.empty(n, np.int64), np.empty(n), np.empty(n)
+    order, spare = np.empty(n, np.int64), np.empty(n, np.int64)
+    n_moving, charged = 0, 0.0
+    for e in range(n):
+        staged[e], worth[e] = bits[e], value[e]
+        if bits[e] > 0 and bits[e] != present[e]:
+            key[e], order[n_moving] = -value[e], e
+            n_moving += 1
+        elif bits[e] > 0:
+            charged += bytes_of[bits[e]]
+    arrived = _sorted_prefix(order, n_moving, key, spare, bits, bytes_of, can_arrive)
+    for k in range(n_moving):
+        e = order[k]
+        old = bytes_of[present[e]]
+        if k < arrived:
+            charged += max(old, bytes_of[bits[e]])
+        else:
+            charged += old
+            staged[e] = present[e]
+            if present[e] > 0:
+                worth[e] = present_value[e]
+    n_stale = 0
+    for e in range(n):
+        if present[e] > 0 and staged[e] == 0 and present_value[e] > 0.0:
+            key[e], order[n_stale] = -present_value[e], e
+            n_stale += 1
+    room = budget_bytes - charged
+    for k in range(_sorted_prefix(order, n_stale, key, spare, present, bytes_of, room)):
+        e = order[k]
+        staged[e], worth[e] = present[e], present_value[e]
+    return staged, worth
+
+
+@njit(**_INNER)
+def _sorted_prefix(order, n, key, spare, bits, bytes_of, room):  # type: ignore[no-untyped-def]
+    """Sort the first ``n`` of ``order``; how many of them fit ``room`` together."""
+    _sort(order[:n], key, spare)
+    used = 0.0
+    for k in range(n):
+        used += bytes_of[bits[order[k]]]
+        if used > room:
+            return k
+    return n
