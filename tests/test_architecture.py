@@ -41,7 +41,7 @@ LEARNING = {"gymnasium", "torch", "stable_baselines3", "sb3_contrib", "wandb"}
 FOLDERS = {
     "ndp_gym": {"ndp_gym"},
     "policies": {"ndp_gym", "policies"},
-    "train": {"ndp_gym", "policies", "train"},
+    "train": {"ndp_gym", "policies", "train", "traces"},
     "traces": {"ndp_gym", "traces"},
     "examples": {"ndp_gym", "policies"},
 }

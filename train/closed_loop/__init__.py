@@ -1,0 +1,1 @@
+"""Whether predicted loss and recorded routing hold once the bundled model is quantized."""
