@@ -63,10 +63,11 @@ def test_shares_of_bytes_lie_between_nought_and_one_for_every_policy(system: str
 
 
 def test_low_bits_and_large_loss_are_flagged() -> None:
-    row = rows_of(["all_far2"], toy_trace([3]), hbm_budget=0)["all_far2"]
-    assert row["validity"] == "extrapolated"
-    assert row["validity_reasons"] == [
-        "mean bits <= 2: recorded routing does not react to quantization"
+    rows = {r["policy"]: r for r in evaluate(["all_far2", "all_far:bits=1"], max_windows=1).rows}
+    assert rows["all_far2"]["validity"] == "in_range"
+    assert rows["all_far:bits=1"]["validity"] == "extrapolated"
+    assert rows["all_far:bits=1"]["validity_reasons"] == [
+        "mean bits <= 1.5: recorded routing does not react to quantization"
     ]
     coarse = replace(SYSTEM.format, rel_mse={16: 0.0, 8: 0.0, 4: 0.6, 2: 0.7})
     bad = evaluate([], toy_trace([3]), MODEL, replace(SYSTEM, format=coarse), hbm_budget=0).rows[0]
