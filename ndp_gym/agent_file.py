@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ndp_gym.layer_agents import ACTIONS
+from ndp_gym.layer_agents import ACTIONS, base_constants
 from ndp_gym.layer_features import FEATURES
 
 __all__ = ["Agent", "load_agent", "save_agent"]
 
-KIND, VERSION = "ndp-gym layer agents", 1
+KIND, VERSION = "ndp-gym layer agents", 2
 FloatArray = NDArray[np.float32]
 
 
@@ -32,14 +32,16 @@ class Agent:
     Attributes:
         features: (offset, scale) of its inputs, by name and in order.
         layers: weight [n_out, n_in] and bias [n_out] of every layer; tanh between them.
+        base: constants of the planner whose decisions it bends, by name.
         card: what else is known about it: training, scores.
 
     Raises:
-        ValueError: features are unknown, or the layers do not fit together.
+        ValueError: features or constants are unknown, or the layers do not fit together.
     """
 
     features: Mapping[str, tuple[float, float]]
     layers: Sequence[tuple[FloatArray, FloatArray]]
+    base: Mapping[str, float] = field(default_factory=dict)
     card: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -47,6 +49,7 @@ class Agent:
         unknown = sorted(self.features.keys() - FEATURES.keys())
         if unknown:
             raise ValueError(f"layer agents have no features {unknown}; they have {list(FEATURES)}")
+        base_constants(self.base)
         n_in = len(self.features)
         for i, (weight, bias) in enumerate(self.layers):
             if weight.ndim != 2 or weight.shape[1] != n_in or bias.shape != weight.shape[:1]:
@@ -85,6 +88,7 @@ def save_agent(agent: Agent, path: str | os.PathLike[str]) -> Path:
         "version": VERSION,
         "features": {name: list(scaling) for name, scaling in agent.features.items()},
         "actions": list(ACTIONS),
+        "base": dict(agent.base),
         "network": {"sizes": [len(bias) for _, bias in agent.layers], "activation": "tanh"},
         **agent.card,
     }
@@ -119,6 +123,7 @@ def load_agent(path: str | os.PathLike[str]) -> Agent:
         return Agent(
             features={name: (float(s[0]), float(s[1])) for name, s in card["features"].items()},
             layers=[(arrays[f"{i}.weight"], arrays[f"{i}.bias"]) for i in range(n_layers)],
+            base={name: float(value) for name, value in card["base"].items()},
             card=card,
         )
     except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:

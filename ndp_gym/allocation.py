@@ -32,6 +32,20 @@ def within_budget(options: Fillings, budget_bytes: float) -> tuple[IntArray, flo
     return chosen, price
 
 
+def within_rations(options: Fillings, rations: FloatArray, budget_bytes: float) -> IntArray:
+    """[L] the best filling of each layer within its bytes; what one leaves goes to the next."""
+    n_layers = len(rations)
+    objective = options.objective.reshape(n_layers, -1)
+    n_bytes = options.n_bytes.reshape(n_layers, -1)
+    left = budget_bytes - float(rations.sum())
+    chosen = np.empty(n_layers, np.int64)
+    for layer in range(n_layers):
+        room = rations[layer] + left
+        chosen[layer] = np.where(n_bytes[layer] <= room, objective[layer], np.inf).argmin()
+        left = room - n_bytes[layer, chosen[layer]]
+    return chosen
+
+
 def far_widths(
     window: Window, prices: Prices, options: Fillings, chosen: IntArray
 ) -> tuple[FloatArray, IntArray]:

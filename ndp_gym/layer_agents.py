@@ -1,43 +1,49 @@
 """Layer agents: every routed layer decides for itself, and all share one policy.
 
-An agent sees dimensionless features of its layer and answers with four numbers in [-1, 1]; a
-compiled decoder (`ndp_gym.layer_loops`) turns the answers of all layers into one plan that keeps
-the HBM budget. Nothing depends on the number of layers or experts, so an agent trained on one model
-runs on any. Formulation of ``learning.md`` section 2, with widths in HBM priced per byte and HBM
-rationed by layer: where layers compete for bytes, each pays for them with the others' speed.
+An agent sees dimensionless features of its layer and answers with four numbers in [-1, 1], which
+bend what the `balance` planner would do there (`ndp_gym.planners.Nudges`); zeros leave it alone.
+The planner's costs follow the measured seconds (`ndp_gym.speeds`). Nothing depends on the number of
+layers or experts, so an agent trained on one model runs on any. The residual formulation of
+``learning.md`` section 2, with HBM rationed by layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ndp_gym.batch import over_lanes
-from ndp_gym.lanes import Observations
+from ndp_gym.forecast import Blend, expected
+from ndp_gym.lanes import CONTEXT_NAMES, Observations
 from ndp_gym.layer_facts import LaneFacts
 from ndp_gym.layer_features import FEATURES, Estimate, features_of, outside_s
 from ndp_gym.layer_forecast import LaneForecaster, Routing, entry
 from ndp_gym.outcome import Outcome
-from ndp_gym.plan import HBM
-from ndp_gym.planners import Facts, facts_of
+from ndp_gym.plan import HBM, Plan
+from ndp_gym.planners import Copies, Facts, Guess, Knobs, Nudges, balance, constants_of, facts_of
 from ndp_gym.quality import QualityModel, layer_weights
 from ndp_gym.specs import MoESpec, SystemSpec
+from ndp_gym.speeds import GAIN, LaneSpeeds, scaled
 
-__all__ = ["ACTIONS", "Decided", "LayerAgents", "layer_rewards"]
+__all__ = ["ACTIONS", "Decided", "LayerAgents", "base_constants", "layer_rewards"]
 
 FloatArray = NDArray[np.float64]
 
 ACTIONS = ("far_value", "price", "hysteresis", "mix")
-"""What the four numbers steer; at 0 the decoder weighs things as `balance` does by default.
+"""What the four numbers steer.
 
 ``far_value``: seconds of the far device count ``2 ** a``-fold when experts are chosen for HBM;
 ``price``: seconds against quality, ``2 ** a``; ``hysteresis``: seconds of copies, ``16 ** a``;
 ``mix``: expected routing, -1 the prompts, 0 the usual blend, 1 the last windows.
 """
+
+
+_ADMITTED, _LIVE, _MEAN_CONTEXT, _BUDGET = (
+    CONTEXT_NAMES.index(name)
+    for name in ("n_admitted", "n_live", "mean_context", "hbm_budget_bytes")
+)
 
 
 class Decided(NamedTuple):
@@ -46,6 +52,17 @@ class Decided(NamedTuple):
     tier: NDArray[np.uint8]
     bits: NDArray[np.uint8]
     order: FloatArray
+
+
+def base_constants(base: Mapping[str, float]) -> tuple[Knobs, Blend, float]:
+    """Planner, forecast and gain of the speeds with the constants ``base`` by name.
+
+    Raises:
+        ValueError: a constant does not exist.
+    """
+    constants = {"gain": GAIN, **base}
+    gain = constants.pop("gain")
+    return *constants_of(constants), gain
 
 
 class LayerAgents:
@@ -60,9 +77,10 @@ class LayerAgents:
         n_lanes: lanes N.
         profile: [L, E] loads on the train split, where known.
         features: (offset, scale) of the features used, by name and in this order.
+        base: constants of the planner by name, as of `balance_feedback`.
 
     Raises:
-        ValueError: a feature does not exist.
+        ValueError: a feature or a constant does not exist.
     """
 
     def __init__(
@@ -76,24 +94,30 @@ class LayerAgents:
         n_lanes: int = 1,
         profile: ArrayLike | None = None,
         features: Mapping[str, tuple[float, float]] = FEATURES,
+        base: Mapping[str, float] | None = None,
     ) -> None:
         """Read the nominal costs; every lane then waits for `reset`."""
         unknown = sorted(features.keys() - FEATURES.keys())
         if unknown:
             raise ValueError(f"layer agents have no features {unknown}; they have {list(FEATURES)}")
         self.features = dict(features)
+        self.base = dict(base or {})
+        self._knobs, blend, gain = base_constants(self.base)
         self._shape = (model.n_layers, model.n_experts)
         self._top_k, self._window = model.top_k, window
         self._told = system, quality_weight
         self._model, self._quality = model, quality
-        self._facts = LaneFacts(self._facts_of(*self._told), n_lanes)
+        facts = self._facts_of(*self._told)
+        self._lane_facts = [facts] * n_lanes
         self._lane_told = [self._told] * n_lanes
+        self._nominal = LaneFacts(facts, n_lanes)
+        self._facts = self._nominal
+        self._speeds = LaneSpeeds(n_lanes, model.top_k, gain)
         self._weights = layer_weights(model)
-        self._forecaster = LaneForecaster(n_lanes, self._shape, profile)
-        self._wanted = np.zeros((n_lanes, *self._shape), np.int64)
-        self._has_plan = np.zeros(n_lanes)
-        self._loops = import_module("ndp_gym.layer_loops")  # numba comes with it
-        self._seen: tuple[Observations, Routing, Estimate, FloatArray] | None = None
+        self._forecaster = LaneForecaster(n_lanes, self._shape, profile, blend)
+        self._planned = np.zeros((n_lanes, *self._shape), np.int64)
+        self._guesses: list[Guess | None] = [None] * n_lanes
+        self._seen: tuple[Observations, Routing, FloatArray] | None = None
 
     def _facts_of(self, system: SystemSpec, quality_weight: float) -> Facts:
         return facts_of(self._model, system, self._quality, quality_weight, self._window)
@@ -105,11 +129,13 @@ class LayerAgents:
         usual, weight = self._told
         told = system or usual, weight if quality_weight is None else quality_weight
         if told != self._lane_told[lane]:
-            self._facts.put(lane, self._facts_of(*told))
+            self._lane_facts[lane] = self._facts_of(*told)
+            self._nominal.put(lane, self._lane_facts[lane])
             self._lane_told[lane] = told
+        self._speeds.reset(lane)
         self._forecaster.reset(lane)
-        self._wanted[lane] = 0
-        self._has_plan[lane] = 0
+        self._planned[lane] = 0
+        self._guesses[lane] = None
 
     def observe(
         self, observations: Observations, only: Sequence[int] | None = None
@@ -119,17 +145,21 @@ class LayerAgents:
         Call it once per window. Where some lanes have been reset since, a second call names
         ``only`` those, so that the others do not count their last window twice.
         """
+        if only is None:
+            self._speeds.learn(observations, self._nominal)
+        factors = self._speeds.factors
+        self._facts = self._nominal.scaled(factors)
         routing = self._forecaster(observations, only)
         share = self._forecaster.mixed(routing, np.zeros(routing.base.shape[:2]))
         estimate = self._estimate(observations, share)
-        self._seen = observations, routing, estimate, share
-        columns = features_of(observations, routing, estimate, self._facts, self._weights)
-        scaled = np.empty((*routing.base.shape[:2], len(self.features)))
+        self._seen = observations, routing, share
+        columns = features_of(observations, routing, estimate, self._facts, self._weights, factors)
+        seen = np.empty((*routing.base.shape[:2], len(self.features)))
         for i, name in enumerate(self.features):
-            scaled[..., i] = columns[name]
+            seen[..., i] = columns[name]
         offsets, scales = np.array(list(self.features.values())).T
-        seen: NDArray[np.float32] = ((scaled - offsets) / scales).clip(-5, 5).astype(np.float32)
-        return seen
+        clipped: NDArray[np.float32] = ((seen - offsets) / scales).clip(-5, 5).astype(np.float32)
+        return clipped
 
     def decide(self, actions: NDArray[np.floating]) -> Decided:
         """The plans behind ``actions`` [N, L, 4] for what was last observed.
@@ -144,61 +174,54 @@ class LayerAgents:
             raise ValueError("actions of layer agents must be finite, got nan or inf")
         if self._seen is None:
             raise ValueError("observe() must come before decide()")
-        context = self._seen[0]["context"]
-        budgets = np.floor(entry(context, "hbm_budget_bytes"))[:, None]
+        _, routing, share = self._seen
         clipped: FloatArray = np.asarray(actions, np.float64).clip(-1, 1)
-        _, rations = self._decoded(None, budgets)
-        rations[:, 0] += budgets[:, 0] - rations.sum(axis=1)
-        decided, _ = self._decoded(clipped, rations)
+        mixed = self._forecaster.mixed(routing, clipped[..., ACTIONS.index("mix")])
+        shape = share.shape
+        decided = Decided(np.empty(shape, np.uint8), np.empty(shape, np.uint8), np.empty(shape))
+        for lane, (tier, bits, order) in enumerate(zip(*decided, strict=True)):
+            plan = self._plan(lane, clipped[lane], share[lane], mixed[lane])
+            tier[...], bits[...] = plan.placement.tier, plan.placement.bitwidth
+            order[...] = plan.migration_order
         self.ordered(decided.tier, decided.bits)
         return decided
 
-    def ordered(self, tier: NDArray[np.integer], bits: NDArray[np.integer]) -> None:
+    def ordered(self, tier: NDArray[np.uint8], bits: NDArray[np.uint8]) -> None:
         """Note the plans [N, L, E] that run, where they are not those of the last `decide`."""
-        self._wanted = np.where(tier == HBM, bits, 0).astype(np.int64)
-        self._has_plan.fill(1)
-
-    def _decoded(
-        self, actions: FloatArray | None, rations: FloatArray
-    ) -> tuple[Decided, FloatArray]:
-        """Plans, and the HBM bytes [N, L] that they are charged; ``None`` is an action of 0."""
         assert self._seen is not None
-        observations, routing, estimate, share = self._seen
-        facts, load, active = self._facts, estimate.load, estimate.active
-        if actions is None:
-            actions = np.zeros((*share.shape[:2], len(ACTIONS)))
-        else:
-            share = self._forecaster.mixed(routing, actions[..., ACTIONS.index("mix")])
-            load, active = _expected(share, estimate.n_tokens, self._top_k)
-        energy = 0.5 * routing.gates + 0.5 * share
-        lost = facts.loss * energy[..., None] + facts.guard
-        is_near = observations["tier"] == HBM
-        present = np.where(is_near, observations["bitwidth"], 0).astype(np.int64)
-        shape = present.shape
-        decided = Decided(np.empty(shape, np.uint8), np.empty(shape, np.uint8), np.empty(shape))
-        used = np.empty(shape[:2])
-        arguments = (
-            actions, (load, active, estimate.n_tokens), (present, self._wanted), rations,
-            (1 / estimate.step_s, lost, self._has_plan), self._table(), facts.shared.in_place,
-            *decided, used,
-        )  # fmt: skip
-        over_lanes(
-            len(present), lambda _, first, last: self._loops.decide((first, last), *arguments)
-        )
-        return decided, used
+        self._planned = bits.astype(np.int64)
+        self._speeds.expect(self._seen[0], tier, bits)
 
-    def _table(self) -> tuple[object, ...]:
-        """Nominal costs as `ndp_gym.layer_loops.decide` reads them."""
-        facts, table = self._facts, self._facts.shared.table
-        of_lanes = (
-            facts.gpu_token_s, facts.link_latency_s, facts.activation_token_s, facts.far_floor_s,
-        )  # fmt: skip
-        shared = float(table.far_min_tokens), float(self._window), float(self._top_k)
-        return (
-            table.bits, table.weight_bytes.astype(np.float64), table.index_of, facts.gpu_weight_s,
-            facts.gpu_launch_s, facts.far_weight_s, facts.copy_s, facts.far_token_s, of_lanes,
-            shared,
-        )  # fmt: skip
+    def _plan(self, lane: int, action: FloatArray, share: FloatArray, mixed: FloatArray) -> Plan:
+        """The plan of one lane; ``share`` and ``mixed`` [L, E] are routings expected."""
+        assert self._seen is not None
+        observations, routing, _ = self._seen
+        context = observations["context"][lane]
+        facts = self._lane_facts[lane]
+        facts = facts._replace(table=scaled(facts.table, self._speeds.factors[lane]))
+        is_near = observations["tier"][lane] == HBM
+        present = np.where(is_near, observations["bitwidth"][lane], 0).astype(np.int64)
+        if context[_ADMITTED] > 0:
+            self._guesses[lane] = None
+        gates = routing.gates[lane]
+        n_live = max(float(context[_LIVE]), 1.0)
+        tokens = n_live * float(context[_MEAN_CONTEXT])
+        usual, own = (
+            expected(s, n_live, tokens, self._top_k)._replace(energy=0.5 * gates + 0.5 * s)
+            for s in (share, mixed)
+        )
+        far_value, price, hysteresis, _ = action.T
+        nudges = Nudges(own, 2.0**far_value, 2.0**price, 16.0**hysteresis)
+        plan, self._guesses[lane] = balance(
+            facts,
+            usual,
+            Copies(planned=self._planned[lane], present=present),
+            float(np.floor(context[_BUDGET])),
+            self._knobs,
+            self._guesses[lane],
+            nudges if action.any() else None,
+        )
+        return plan
 
     def _estimate(self, observations: Observations, share: FloatArray) -> Estimate:
         """Nominal seconds of a decode step for the expected routing, and what was measured."""

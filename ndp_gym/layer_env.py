@@ -7,7 +7,7 @@ trains one policy for all of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -97,10 +97,14 @@ class LayerVecEnv(_Agents):
         n_lanes: copies of the environment.
         own: share of an agent's reward that is its own layer's (`layer_rewards`); the rest is the
             environment's, the same for all layers of a copy.
+        base: constants of the planner that agents bend, see `LayerAgents`.
         max_windows: windows per episode.
         others: see `NDPPlacementEnv`.
 
-    ``info["episode"]`` of a copy's first layer has the return of the environment's own reward.
+    Beside every copy a second one replays the same requests on the same machine with the planner
+    left alone, and rewards are what the agents gain over it: no action changes what is subtracted,
+    so that it only takes away the noise of requests and machines. ``info["episode"]`` of a copy's
+    first layer has the return of the environment's own reward.
 
     Raises:
         ValueError: an argument is out of range, or recording, model and system do not agree.
@@ -124,6 +128,7 @@ class LayerVecEnv(_Agents):
         quality: QualityLike = None,
         conditions: str | Conditions | None = None,
         own: float = 1.0,
+        base: Mapping[str, float] | None = None,
     ) -> None:
         """Open the recording; nothing is reset yet."""
         if not 0 <= own <= 1:
@@ -132,17 +137,18 @@ class LayerVecEnv(_Agents):
         opened = open_trace(trace)
         found_model, found_system = find_model(model, opened), find_system(system)
         self.lanes = Lanes(
-            opened, found_model, found_system, n_lanes=n_lanes,
+            opened, found_model, found_system, n_lanes=2 * n_lanes,
             batch_size=batch_size, window=window, hbm_budget=hbm_budget, scheduling=scheduling,
             quality=find_quality(quality, found_model, found_system),
             quality_weight=weight_of(quality_weight), conditions=find_conditions(conditions),
         )  # fmt: skip
         self.agents = LayerAgents(
             self.lanes.model, self.lanes.system, self.lanes.simulator.quality,
-            self.lanes.base.quality_weight, window, n_lanes=n_lanes, profile=train_profile(opened),
+            self.lanes.base.quality_weight, window, n_lanes=2 * n_lanes,
+            profile=train_profile(opened), base=base,
         )  # fmt: skip
         self._requests = opened.split_requests(split)
-        self._own, self._max_windows = own, max_windows
+        self._own, self._max_windows, self.n_copies = own, max_windows, n_lanes
         self._n_layers = self.lanes.model.n_layers
         self._rngs = [np.random.default_rng() for _ in range(n_lanes)]
         self._returns, self._n_windows = np.zeros(n_lanes), np.zeros(n_lanes, np.int64)
@@ -153,23 +159,25 @@ class LayerVecEnv(_Agents):
         """Start an episode on every copy; seed ``s`` gives copy i the generator of ``s + i``."""
         if self._seeds[0] is not None:
             self._rngs = [np.random.default_rng(seed) for seed in self._seeds[: len(self._rngs)]]
-        for lane in range(self.lanes.n_lanes):
+        for lane in range(self.n_copies):
             self._restart(lane)
         self._reset_seeds()
         return self._observe()
 
     def step_wait(self) -> VecEnvStepReturn:
         """One window on every copy; those that end begin again at once."""
-        lanes, n_lanes = self.lanes, self.lanes.n_lanes
-        decided = self.agents.decide(self._actions.reshape(n_lanes, self._n_layers, -1))
+        lanes, n = self.lanes, self.n_copies
+        actions = self._actions.reshape(n, self._n_layers, -1)
+        decided = self.agents.decide(np.concatenate([actions, np.zeros_like(actions)]))
         outcome = lanes.advance(*decided)
         weight = lanes.quality_weights
         own = layer_rewards(outcome, lanes.model, lanes.simulator.quality, weight)
         whole = reward(reward_terms(outcome), weight)
-        rewards = REWARD_SCALE * (self._own * own + (1 - self._own) * whole[:, None])
-        self._returns += whole
+        gained = self._own * own + (1 - self._own) * whole[:, None]
+        rewards = REWARD_SCALE * (gained[:n] - gained[n:])
+        self._returns += whole[:n]
         self._n_windows += 1
-        ended = lanes.is_done | (self._n_windows >= self._max_windows)
+        ended = lanes.is_done[:n] | (self._n_windows >= self._max_windows)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         observations = self._observe()
         if ended.any():
@@ -200,14 +208,16 @@ class LayerVecEnv(_Agents):
         order, condition = lanes.drawn_from.draw_episode(
             self._rngs[lane], lanes.base, self._requests, domain
         )
-        lanes.reset(lane, order, condition)
-        self.agents.reset(lane, condition.system, condition.quality_weight)
+        for twin in (lane, self.n_copies + lane):
+            lanes.reset(twin, order, condition)
+            self.agents.reset(twin, condition.system, condition.quality_weight)
         self._returns[lane], self._n_windows[lane] = 0.0, 0
 
     def _observe(self, restarted: Sequence[int] = ()) -> NDArray[np.float32]:
         """[N * L, F]; after a first look at this window only ``restarted`` lanes learn anew."""
-        features = self.agents.observe(self.lanes.observe(), only=restarted or None)
-        return features.reshape(self.num_envs, -1)
+        only = [lane + twin for lane in restarted for twin in (0, self.n_copies)]
+        features = self.agents.observe(self.lanes.observe(), only=only or None)
+        return features[: self.n_copies].reshape(self.num_envs, -1)
 
 
 class LayerVecEnvs(_Agents):
@@ -233,7 +243,7 @@ class LayerVecEnvs(_Agents):
     @property
     def windows_per_step(self) -> int:
         """Decode windows that one step replays: one per copy."""
-        return sum(group.lanes.n_lanes for group in self.groups)
+        return sum(group.n_copies for group in self.groups)
 
     def reset(self) -> VecEnvObs:
         """Start an episode on every copy of every group."""

@@ -50,6 +50,10 @@ FEATURES: dict[str, tuple[float, float]] = {
     "log_sensitivity": (0.0, 0.5),
     "log_quality_weight": (1.4, 1.0),
     "log_window": (2.8, 0.7),
+    "log_moves": (0.0, 1.0),
+    "log_slow_gpu": (0.3, 0.3),
+    "log_slow_far": (0.3, 0.3),
+    "log_slow_link": (0.3, 0.3),
 }
 """Name -> (offset, scale): an agent sees ``(feature - offset) / scale``, clipped to [-5, 5]."""
 _LEAST_S = 1e-9
@@ -104,14 +108,19 @@ def features_of(
     estimate: Estimate,
     facts: LaneFacts,
     weights: FloatArray,
+    factors: FloatArray,
 ) -> dict[str, FloatArray]:
-    """Every feature of `FEATURES`, unscaled, [N, L] each, or what broadcasts to it."""
+    """Every feature of `FEATURES`, unscaled, [N, L] each, or what broadcasts to it.
+
+    ``factors`` [N, 3] are the speeds learnt (`ndp_gym.speeds`), ``weights`` [L] the sensitivities.
+    """
     seconds = observations["layer"].astype(np.float64)
     gpu_s, far_s = seconds[..., 0], seconds[..., 1]
     reference_s = estimate.outside_s + estimate.far_s
     layer_s = estimate.outside_s + estimate.experts_s
     measured = far_s.any(axis=1, keepdims=True) | gpu_s.any(axis=1, keepdims=True)
     facts_of_lane = _lane_features(observations, np.asarray(measured)[:, 0], gpu_s, far_s, facts)
+    facts_of_lane |= _machine(observations, estimate, facts, factors)
     return {
         **_coverage("load", estimate.load, {"16th": 16, "8th": 8, "4th": 4, "half": 2}),
         **_coverage("active", estimate.active, {"8th": 8, "4th": 4, "half": 2}),
@@ -153,6 +162,22 @@ def _lane_features(
         "has_measured": measured.astype(np.float64),
         "log_quality_weight": np.log(np.maximum(entry(context, "quality_weight"), 1e-3)),
         "log_window": np.log(entry(context, "window")),
+    }
+
+
+def _machine(
+    observations: Observations, estimate: Estimate, facts: LaneFacts, factors: FloatArray
+) -> dict[str, FloatArray]:
+    """What a window can move over the lane's link, and how slow its machine was found, [N]."""
+    middle = int(np.abs(facts.shared.table.bits - 4).argmin())
+    window_s = entry(observations["context"], "window") * estimate.step_s
+    n_experts = observations["tier"][0].size
+    gpu, far, link = np.log(factors).T
+    return {
+        "log_moves": np.log(window_s / facts.copy_s[:, middle] / (0.1 * n_experts)),
+        "log_slow_gpu": gpu,
+        "log_slow_far": far,
+        "log_slow_link": link,
     }
 
 

@@ -44,12 +44,16 @@ class LaneForecaster:
     """Memories of N lanes; ``shape`` is (L, E), ``profile`` [L, E] the train loads if known."""
 
     def __init__(
-        self, n_lanes: int, shape: tuple[int, int], profile: ArrayLike | None = None
+        self,
+        n_lanes: int,
+        shape: tuple[int, int],
+        profile: ArrayLike | None = None,
+        blend: Blend | None = None,
     ) -> None:
         """Nothing remembered."""
         prior = np.ones(shape) if profile is None else np.asarray(profile, np.float64)
         self._prior = np.broadcast_to(shares(prior), (n_lanes, *shape))
-        self._blend = Blend()
+        self._blend = blend or Blend()
         self._steps = np.zeros((2, n_lanes))
         self._average = np.zeros((2, n_lanes, *shape))
 

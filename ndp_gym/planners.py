@@ -8,16 +8,25 @@ it never replays routing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ndp_gym.allocation import at, far_widths, keep_or_change, stage, target_of, within_budget
+from ndp_gym.allocation import (
+    at,
+    far_widths,
+    keep_or_change,
+    stage,
+    target_of,
+    within_budget,
+    within_rations,
+)
 from ndp_gym.cost import CostTable, cost_table, expert_bytes, requantise_s
 from ndp_gym.fillings import Fillings, Prices, Window, far_seconds, fillings
-from ndp_gym.forecast import Forecast
+from ndp_gym.forecast import Blend, Forecast
 from ndp_gym.plan import FAR, HBM, Placement, Plan, nearest_width
 from ndp_gym.quality import QualityModel, layer_weights, rel_mse_table
 from ndp_gym.specs import MoESpec, SystemSpec
@@ -48,6 +57,37 @@ class Knobs:
     hysteresis: float = 0.05
     migration_cap: float = 1.0
     min_gain: float = 0.002
+
+
+def constants_of(constants: Mapping[str, float]) -> tuple[Knobs, Blend]:
+    """Planner and forecast with ``constants`` by name; the others keep their defaults.
+
+    Raises:
+        ValueError: a constant does not exist.
+    """
+    known = {f.name: kind for kind in (Knobs, Blend) for f in fields(kind)}
+    unknown = sorted(constants.keys() - known.keys())
+    if unknown:
+        raise ValueError(f"balance has no constant {unknown}; it has {sorted(known)}")
+    knobs = {name: value for name, value in constants.items() if known[name] is Knobs}
+    blend = {name: value for name, value in constants.items() if known[name] is Blend}
+    return Knobs(**knobs), Blend(**blend)
+
+
+class Nudges(NamedTuple):
+    """What layers want otherwise than the planner: factors, [L] each, 1 leaves it alone.
+
+    Attributes:
+        expected: routing as each layer expects it.
+        far_factor: of the far device's seconds, when experts are chosen for HBM.
+        price: of seconds against quality.
+        hysteresis: of what a copy costs.
+    """
+
+    expected: Forecast
+    far_factor: FloatArray
+    price: FloatArray
+    hysteresis: FloatArray
 
 
 class Facts(NamedTuple):
@@ -125,6 +165,7 @@ def balance(
     budget_bytes: float,
     knobs: Knobs,
     guess: Guess | None = None,
+    nudges: Nudges | None = None,
 ) -> tuple[Plan, Guess]:
     """The plan that balances GPU and far device in every layer within ``budget_bytes``.
 
@@ -140,6 +181,8 @@ def balance(
         budget_bytes: HBM for experts.
         knobs: constants.
         guess: from the last plan, where little has changed since: halves the work.
+        nudges: each layer chooses once more by these, within the HBM bytes that the planner gave
+            it, so that no layer takes from another.
 
     Returns:
         The plan, and the guess for the next one.
@@ -153,6 +196,8 @@ def balance(
             rough = _search(facts, expected, copies, budget_bytes, knobs, start)
             answers += [rough, _search(facts, expected, copies, budget_bytes, knobs, rough.guess)]
         best = min(answers, key=lambda answer: answer.objective)
+    if nudges is not None:
+        best = _nudged(facts, copies, budget_bytes, best, nudges)
     table, window, options = facts.table, best.window, best.options
     present = window.present
     chosen = keep_or_change(options, best.chosen, present, budget_bytes, knobs.min_gain)
@@ -217,6 +262,25 @@ def _search(
         far_index=far_index,
         guess=Guess(step_s, byte_price, far_share),
     )
+
+
+def _nudged(
+    facts: Facts, copies: Copies, budget_bytes: float, answer: _Answer, nudges: Nudges
+) -> _Answer:
+    """The fillings that layers choose for themselves."""
+    found = answer.prices
+    prices = found._replace(
+        second=found.second * nudges.price,
+        copy_second=found.copy_second * nudges.price * nudges.hysteresis,
+        far_factor=found.far_factor * nudges.far_factor,
+    )
+    lost = facts.loss * nudges.expected.energy[..., None] + facts.guard
+    lost = lost + _remake(facts, copies, float(np.mean(found.second)))
+    window = answer.window._replace(expected=nudges.expected, lost=lost)
+    options = fillings(window, prices)
+    rations = at(answer.options.n_bytes, answer.chosen)
+    chosen = within_rations(options, rations, budget_bytes)
+    return answer._replace(window=window, prices=prices, options=options, chosen=chosen)
 
 
 def hot_plan(

@@ -99,6 +99,10 @@ def scaled(table: CostTable, factors: FloatArray) -> CostTable:
     return table._replace(
         gpu_weight_s=gpu * table.gpu_weight_s,
         gpu_token_s=gpu * table.gpu_token_s,
+        layer_s=gpu * table.layer_s,
+        kv_token_s=gpu * table.kv_token_s,
+        dense_layer_s=gpu * table.dense_layer_s,
+        head_s=gpu * table.head_s,
         far_weight_s=far * table.far_weight_s,
         far_token_s=far * table.far_token_s,
         copy_s=link * table.copy_s,

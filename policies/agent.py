@@ -1,10 +1,12 @@
 """A trained agent from a file, beside the heuristics: ``agent:path=runs/ppo/best``."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import numpy as np
 
-from ndp_gym.agent_file import load_agent
+from ndp_gym.agent_file import Agent, load_agent
 from ndp_gym.layer_agents import LayerAgents
 from ndp_gym.plan import Placement, Plan
 from ndp_gym.policy import Observation, PolicyContext
@@ -29,6 +31,13 @@ class LayerAgent:
         is_shipped = (SHIPPED / f"{path}.json").is_file()
         self.agent = load_agent(SHIPPED / path if is_shipped else path)
 
+    @classmethod
+    def of(cls, agent: Agent) -> LayerAgent:
+        """The policy of an agent that no file holds yet."""
+        policy = cls.__new__(cls)
+        policy.agent = agent
+        return policy
+
     def reset(self, context: PolicyContext) -> None:
         """Read the nominal costs and start with an empty memory."""
         self.layers = LayerAgents(
@@ -39,6 +48,7 @@ class LayerAgent:
             context.window,
             profile=context.profile,
             features=self.agent.features,
+            base=self.agent.base,
         )
         self.layers.reset(0)
 

@@ -1,13 +1,11 @@
 """Balance GPU and far device layer by layer, bits where quality is cheapest: the one to beat."""
 
-from dataclasses import fields
-
 import numpy as np
 from numpy.typing import NDArray
 
-from ndp_gym.forecast import Blend, Forecast, Forecaster
+from ndp_gym.forecast import Forecast, Forecaster
 from ndp_gym.plan import HBM, Plan
-from ndp_gym.planners import Copies, Guess, Knobs, balance, facts_of
+from ndp_gym.planners import Copies, Guess, balance, constants_of, facts_of
 from ndp_gym.policy import Observation, PolicyContext, budget_bytes, context_entry
 
 
@@ -26,15 +24,7 @@ class Balance:
         Raises:
             ValueError: a constant does not exist.
         """
-        known = {f.name: kind for kind in (Knobs, Blend) for f in fields(kind)}
-        unknown = sorted(constants.keys() - known.keys())
-        if unknown:
-            raise ValueError(f"balance has no constant {unknown}; it has {sorted(known)}")
-        chosen = {
-            kind: {n: v for n, v in constants.items() if known[n] is kind}
-            for kind in known.values()
-        }
-        self.knobs, self.blend = Knobs(**chosen[Knobs]), Blend(**chosen[Blend])
+        self.knobs, self.blend = constants_of(constants)
 
     def reset(self, context: PolicyContext) -> None:
         """Read the nominal costs; nothing is planned yet."""

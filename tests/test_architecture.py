@@ -19,12 +19,12 @@ ROOMS = {
     "quality": "quality quality_file quantizers quantizer_loops checkpoint expert_weights "
     "quality_measure",
     "cost": "cost budget",
-    "plan": "plan policy policy_calls predictor bit_ladder forecast fillings filling_loops allocation "
-    "allocation_loops planners",
+    "plan": "plan policy policy_calls predictor bit_ladder forecast fillings filling_loops "
+    "allocation allocation_loops planners",
     "simulate": "kernel_data kernel simulate state outcome outcome_loops packing batch",
     "reward": "reward bound bound_loops exhaustive local_search",
     "env": "schedule condition conditions machines memory lane_loops lanes inputs bounds encoding "
-    "decoders episodes env vector wrappers sb3 render env_docs layer_loops layer_forecast "
+    "decoders episodes env vector wrappers sb3 render env_docs layer_forecast "
     "layer_facts speeds speed_loops layer_features layer_agents agent_file",
     "evaluate": "statistics provenance contenders results rows rollout scenarios regret explain "
     "plan_export plan_targets "

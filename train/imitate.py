@@ -32,7 +32,7 @@ from ndp_gym.policy import Observation, PolicyContext
 from ndp_gym.provenance import git_commit, package_versions
 from ndp_gym.rollout import run_policy
 from policies.agent import LayerAgent
-from policies.balance import Balance
+from policies.balance_feedback import BalanceFeedback
 from policies.oracle_balance import OracleBalance
 from train.options import parse
 from train.ppo import mean_of, scores_of
@@ -146,8 +146,8 @@ def imitate(args: Args) -> Path:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     rng, held_out = np.random.default_rng(args.seed), val_tasks(args)
-    balance = [window_rewards(Balance(), task) for task in held_out]
-    print(f"balance on val: {mean_of(balance):.4f}")
+    alone = [window_rewards(BalanceFeedback(), task) for task in held_out]
+    print(f"planner alone on val: {mean_of(alone):.4f}")
     network = _network(args.hidden)
     card = {
         "training": {"by": "imitation", **{k: v for k, v in asdict(args).items() if k != "out"}},
@@ -166,13 +166,13 @@ def imitate(args: Args) -> Path:
         agent = _agent(network, card)
         last = save_agent(agent, out / "last")
         rewards = [window_rewards(LayerAgent(str(last)), task) for task in held_out]
-        scores = scores_of(rewards, balance)
+        scores = scores_of(rewards, alone)
         print(f"round {number}: loss {loss:.4f}, val {scores['reward']:.4f}", flush=True)
         if scores["reward"] > best:
             best = scores["reward"]
             note = "the best round was chosen on val, so the score is optimistic"
             save_agent(_agent(network, {**card, "scores": {**scores, "note": note}}), out / "best")
-    print(f"best on val {best:.4f}, balance {mean_of(balance):.4f}: {out / 'best'}")
+    print(f"best on val {best:.4f}, planner alone {mean_of(alone):.4f}: {out / 'best'}")
     return out / "best.safetensors"
 
 

@@ -1,7 +1,8 @@
 """Train layer agents with PPO: ``python -m train.ppo --out runs/ppo`` and watch val.
 
 One network decides for every layer (`ndp_gym.layer_env`), of every recording that is named. The
-agent is scored on the val split every few thousand windows beside `balance`; the best one is kept.
+agent is scored on the val split every few thousand windows beside the planner that it bends,
+`balance_feedback` with the constants of ``--base``; the best one is kept.
 The output folder gets ``best`` and ``last`` (agents, each a .safetensors and a .json),
 ``checkpoint`` (to resume), ``wandb``. The test split is never opened here. ``--conf-file`` takes
 experiments from ``train/experiments``.
@@ -32,7 +33,8 @@ from ndp_gym.provenance import git_commit, package_versions
 from ndp_gym.rollout import Task
 from ndp_gym.tracking import Mode, tracked_run
 from policies.agent import LayerAgent
-from policies.balance import Balance
+from policies.balance_feedback import BalanceFeedback
+from policies.tuned import read_tuning
 from train.options import parse
 from train.setting import Setting, traces_of, val_tasks, weight, window_rewards
 
@@ -45,6 +47,8 @@ class Args(Setting):
     """folder for agents, checkpoint and wandb files"""
     resume: bool = False
     """go on from the checkpoint in the folder"""
+    base: str | None = None
+    """tuning whose constants the planner has that agents bend (default: untuned)"""
     init: str | None = None
     """agent to start from (default: a new network)"""
     n_windows: int = 60_000
@@ -102,12 +106,14 @@ class ValScore(BaseCallback):
     """Evaluates on val, keeps the best agent and a checkpoint, and says how far it got."""
 
     def __init__(self, args: Args, tasks: Sequence[Task], card: dict[str, Any]) -> None:
-        """Score `balance` once."""
+        """Score the planner alone once."""
         super().__init__()
         self.args, self.tasks, self.card = args, tasks, card
         self.out = Path(args.out)
-        self.balance = [window_rewards(Balance(), task) for task in tasks]
-        self.balance_score = mean_of(self.balance)
+        planner = BalanceFeedback(**base_of(args))
+        self.alone = [window_rewards(planner, task) for task in tasks]
+        self.alone_score = mean_of(self.alone)
+        self.curve: list[list[float]] = []
         self.best, self.scored_at, self.started_at = -np.inf, 0, 0
         self.start = time.monotonic()
 
@@ -128,23 +134,24 @@ class ValScore(BaseCallback):
         self.scored_at = self.n_windows
         save_agent(agent_of(self.model, self.card), self.out / "last")
         rewards = [window_rewards(LayerAgent(str(self.out / "last")), t) for t in self.tasks]
-        scores = {**scores_of(rewards, self.balance), "n_windows_trained": self.n_windows}
+        scores = {**scores_of(rewards, self.alone), "n_windows_trained": self.n_windows}
         score = scores["reward"]
+        self.curve.append([self.n_windows, round(time.monotonic() - self.start, 1), score])
         if score > self.best:
             self.best = score
             note = "chosen as the best of this run on val, so the score is optimistic"
-            card = {**self.card, "scores": {**scores, "note": note}}
+            card = {**self.card, "scores": {**scores, "note": note}, "curve": self.curve}
             save_agent(agent_of(self.model, card), self.out / "best")
         self.checkpoint()
         self.logger.record("val/reward", score)
         self.logger.record("val/best", self.best)
-        self.logger.record("val/gain_over_balance", scores["gain"])
+        self.logger.record("val/gain", scores["gain"])
         done = self.n_windows - self.started_at
         seconds = time.monotonic() - self.start
         left = max(self.args.n_windows - self.n_windows, 0) * seconds / max(done, 1)
         print(
             f"{self.n_windows:7d}/{self.args.n_windows} windows  {seconds:4.0f} s, {left:4.0f} s "
-            f"left  val {score:.4f} (best {self.best:.4f}, balance {self.balance_score:.4f})",
+            f"left  val {score:.4f} (best {self.best:.4f}, alone {self.alone_score:.4f})",
             flush=True,
         )
 
@@ -174,18 +181,18 @@ def mean_of(rewards: Sequence[NDArray[np.float64]]) -> float:
 
 
 def scores_of(
-    rewards: Sequence[NDArray[np.float64]], balance: Sequence[NDArray[np.float64]]
+    rewards: Sequence[NDArray[np.float64]], alone: Sequence[NDArray[np.float64]]
 ) -> dict[str, Any]:
-    """What a card says about an agent on val, beside `balance`; one array per task."""
+    """What a card says about an agent on val, beside the planner alone; one array per task."""
     if len(rewards) == 1:
-        gain, over = rewards[0] - balance[0], "windows"
+        gain, over = rewards[0] - alone[0], "windows"
     else:
-        pairs = zip(rewards, balance, strict=True)
+        pairs = zip(rewards, alone, strict=True)
         gain, over = np.array([one.mean() - other.mean() for one, other in pairs]), "episodes"
     return {
         "split": "val",
         "reward": mean_of(rewards),
-        "reward_balance": mean_of(balance),
+        "reward_alone": mean_of(alone),
         "gain": float(gain.mean()),
         f"gain_standard_error_over_{over}": float(gain.std(ddof=1) / np.sqrt(len(gain))),
         f"share_of_{over}_won": float((gain > 0).mean()),
@@ -204,7 +211,8 @@ def agent_of(model: BaseAlgorithm, card: dict[str, Any]) -> Agent:
         (m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy()) for m in _linear(model)
     ]
     env: Any = model.get_env()
-    return Agent(features=env.get_attr("agents", 0)[0].features, layers=layers, card=card)
+    agents = env.get_attr("agents", 0)[0]
+    return Agent(features=agents.features, layers=layers, base=agents.base, card=card)
 
 
 def take_over(model: BaseAlgorithm, agent: Agent) -> None:
@@ -229,6 +237,11 @@ def _linear(model: BaseAlgorithm) -> list[torch.nn.Linear]:
     return [*hidden, policy.action_net]
 
 
+def base_of(args: Args) -> dict[str, float]:
+    """Constants of the planner that the agents bend; none where it is untuned."""
+    return read_tuning(args.base)[1]["constants"] if args.base else {}
+
+
 def environment(args: Args) -> LayerVecEnvs:
     """One group of copies per recording."""
     max_windows = 10**6 if args.conditions == "fix" else args.episode_windows
@@ -238,6 +251,7 @@ def environment(args: Args) -> LayerVecEnvs:
             batch_size=args.batch_size, window=args.window,
             hbm_budget=parse_budget(args.hbm_budget), quality_weight=weight(args.quality_weight),
             conditions=args.conditions, own=args.own, max_windows=max_windows,
+            base=base_of(args),
         )
         for path in traces_of(args)
     ])  # fmt: skip
@@ -280,8 +294,10 @@ def train(args: Args) -> Path:
             print(f"stopped after {scoring.n_windows} windows; go on with --resume")
         scoring.model = model
         scoring.score()
-        run.summary.update({"val/best": scoring.best, "val/balance": scoring.balance_score})
-    print(f"best on val {scoring.best:.4f}, balance {scoring.balance_score:.4f}: {out / 'best'}")
+        run.summary.update({"val/best": scoring.best, "val/alone": scoring.alone_score})
+    print(
+        f"best on val {scoring.best:.4f}, planner alone {scoring.alone_score:.4f}: {out / 'best'}"
+    )
     return out / "best.safetensors"
 
 
