@@ -256,10 +256,11 @@ def _drift_note(drift: Drift | None) -> str:
     )
     if drift is None:
         return note
-    found = _several(len(drift.changes), "change point")
+    found = len(drift.changes) or "none"
     return note + (
-        f"Thin lines: a request begins. Strong lines: {found}, where the curve is lowest and more "
-        f"than three interquartile ranges below its median (dashed, {drift.level:.2f})."
+        f"Thin lines: a request begins. Strong lines: change points ({found}), where the curve is "
+        f"lowest and more than three interquartile ranges below its median (dashed, "
+        f"{drift.level:.2f})."
     )
 
 
@@ -322,7 +323,7 @@ def _likeness(series: Series) -> str:
 
 
 def _several(n: int, what: str) -> str:
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+    return f"{n:,} {what}s" if n > 1 else f"{n or 'no'} {what}"
 
 
 def _short(text: str) -> str:

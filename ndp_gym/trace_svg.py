@@ -118,19 +118,20 @@ def heat_map(
     width = min(_WIDTH - left - _RIGHT, 460) if square else _WIDTH - left - _RIGHT
     height = width if square else int(np.clip(14 * n_rows, 110, 420))
     dx, dy = width / n_columns, height / n_rows
+    x = [f"{left + i * dx:.1f}" for i in range(n_columns + 1)]
+    y = [f"{_TOP + i * dy:.1f}" for i in range(n_rows + 1)]
     parts = []
     for level in np.unique(levels[levels >= 0]):
         d = "".join(
-            f"M{left + c * dx:.1f} {_TOP + r * dy:.1f}h{dx:.2f}v{dy:.2f}h-{dx:.2f}z"
-            for r, c in np.argwhere(levels == level)
+            f"M{x[c]} {y[r]}H{x[c + 1]}V{y[r + 1]}H{x[c]}z" for r, c in np.argwhere(levels == level)
         )
         parts.append(f'<path class="h{level}" d="{d}"/>')
     for r, c in np.argwhere(levels >= 0) if values is not None else ():
         kind = "value dark" if levels[r, c] > N_LEVELS // 2 else "value"
-        x, y = left + (c + 0.5) * dx, _TOP + (r + 0.5) * dy + 4
-        parts.append(_text(x, y, f"{values[r, c]:.2f}", "middle", kind))
-    for place in lines:
-        a, b = left + place * dx, _TOP + place * dy
+        place = left + (c + 0.5) * dx, _TOP + (r + 0.5) * dy + 4
+        parts.append(_text(*place, f"{values[r, c]:.2f}", "middle", kind))
+    for line in lines:
+        a, b = left + line * dx, _TOP + line * dy
         parts.append(f'<path class="cut" d="M{a:.1f} {_TOP}v{height}M{left} {b:.1f}h{width}"/>')
     for value, text in ticks[0]:
         parts.append(_text(left + value * dx, _TOP + height + 16, text))

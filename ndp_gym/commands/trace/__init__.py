@@ -115,7 +115,11 @@ def _statistics_table(trace: "RoutingTrace", s: "TraceStatistics") -> list[tuple
             _number(s.next_layer_recall),
             f"by popularity {_number(s.next_layer_popularity)}",
         ),
-        ("rows in a loop", _number(s.looped_share), "share"),
+        (
+            "share of rows in a loop",
+            _number(s.looped_share),
+            "not searched" if s.looped_share is None else "",
+        ),
         ("gate weight by rank", " ".join(map(_number, s.gate_profile or ())) or "none", ""),
     ]
 
