@@ -65,8 +65,9 @@ def from_file(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if isinstance(content, dict) and len(content) == 1 and isinstance(*content.values(), dict):
-        (content,) = content.values()  # the zoo has one map per environment id
+    if isinstance(content, dict) and len(content) == 1:
+        (only,) = content.values()
+        content = only if isinstance(only, dict) else content  # the zoo: a map per environment id
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must be a map of options, got {content!r}")
     found = {}
