@@ -37,29 +37,24 @@ def within_budget(objective, n_bytes, budget_bytes):  # type: ignore[no-untyped-
             if 0 < n_bytes[layer, way] < smallest:
                 smallest = n_bytes[layer, way]
     chosen = np.empty(n_layers, np.int64)
-    if _choose(chosen, 0.0, objective, n_bytes, left, n_left, fits, exceeds) <= budget_bytes:
-        return chosen, 0.0
-    _note(exceeds, chosen, n_bytes)
     high = 2 * (most - least) / smallest  # above it nothing is worth its bytes
     low = high * 1e-6
-    for _ in range(_BISECTIONS):
-        middle = math.sqrt(low * high)
-        used = _choose(chosen, middle, objective, n_bytes, left, n_left, fits, exceeds)
-        if used <= budget_bytes:
-            high = middle
-            _note(fits, chosen, n_bytes)
+    for step in range(_BISECTIONS + 2):
+        price = math.sqrt(low * high) if step > 0 else 0.0
+        if step > _BISECTIONS:
+            price = high
+        used = _choose(chosen, price, objective, n_bytes, left, n_left, fits, exceeds)
+        if used > budget_bytes:
+            low = price if step > 0 else low
+        elif step > 0:
+            high = price
         else:
-            low = middle
-            _note(exceeds, chosen, n_bytes)
-    _choose(chosen, high, objective, n_bytes, left, n_left, fits, exceeds)
+            return chosen, 0.0
+        bound = exceeds if used > budget_bytes else fits
+        for layer in range(n_layers):
+            bound[layer] = n_bytes[layer, chosen[layer]]
     _fill_up(chosen, objective, n_bytes, budget_bytes)
     return chosen, high
-
-
-@njit(**_INNER)
-def _note(bound, chosen, n_bytes):  # type: ignore[no-untyped-def]
-    for layer in range(chosen.size):
-        bound[layer] = n_bytes[layer, chosen[layer]]
 
 
 @njit(**_INNER)

@@ -28,10 +28,9 @@ _OWN_S, _REST_S, _VARIANCE, _LOSS, _SIZE, _LOAD, _ACTIVE, _IDLE = range(8)
 """Columns of a sheet [E, 8]: what an expert adds to the sums over a prefix, or multiplies."""
 _FAR_S, _FAR_LOSS, _FAR_VARIANCE, _DOUBT = range(4)
 """Columns of a sheet [E, 4]: an expert outside HBM."""
-_RUN = 8
+_RUN = 64
 _PRESENT_FIRST = 1e9
 _WHOLE_POWERS = 1024.0
-
 
 _LOOP: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 _INNER = {**_LOOP, "cache": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -39,43 +38,66 @@ _INNER = {**_LOOP, "cache": False, "no_cpython_wrapper": True, "no_cfunc_wrapper
 
 
 @njit(**_INNER)
-def _power(x, n):  # type: ignore[no-untyped-def]
-    """``x ** n``; by squaring where ``n`` is a whole number, several times faster."""
+def _power(x, n, result):  # type: ignore[no-untyped-def]
+    """``result = x ** n``; by squaring ``x`` where ``n`` is whole, several times faster."""
     if n != math.floor(n) or n > _WHOLE_POWERS:
-        return x**n
-    left, result = int(n), 1.0
+        for k in range(result.size):
+            result[k] = x[k] ** n
+        return
+    for k in range(result.size):
+        result[k] = 1.0
+    left = int(n)
     while left > 0:
         if left & 1:
-            result *= x
-        x *= x
+            for k in range(result.size):
+                result[k] *= x[k]
+        for k in range(result.size):
+            x[k] *= x[k]
         left >>= 1
-    return result
 
 
 @njit(**_INNER)
-def _layer_seconds(gpu_s, far_s, spread, hbm_load, constants):  # type: ignore[no-untyped-def]
-    """Expected seconds of a layer's experts: GPU and far branch, overlapped or in series.
+def _layer_seconds(seconds, gpu_s, far_s, spread, hbm_load, constants, room):  # type: ignore[no-untyped-def]
+    """Fill expected seconds of a layer's experts: GPU and far branch, overlapped or in series.
+
+    Entry by entry, so that processors do several at once.
 
     Args:
+        seconds: to fill.
         gpu_s: expected seconds of the HBM experts.
         far_s: expected seconds of the others, without activations.
         spread: variance of the difference of the two.
         hbm_load: tokens per step served from HBM.
         constants: of the window.
+        room: three arrays of scratch.
     """
     overlap, n_tokens, top_k = constants[OVERLAP], constants[N_TOKENS], constants[TOP_K]
+    floor_s, latency_s, activation_s = (
+        constants[FLOOR_S],
+        constants[LATENCY_S],
+        constants[ACTIVATION_S],
+    )
+    n = seconds.size
     if overlap < 0.0:
-        return gpu_s + far_s
+        for k in range(n):
+            seconds[k] = gpu_s[k] + far_s[k]
+        return
     # A token crosses unless all K experts are in HBM.
-    stays = _power(min(hbm_load / (n_tokens * top_k), 1.0), top_k)
-    any_far = 1.0 - _power(stays, n_tokens)
-    sent_s = any_far * 2.0 * constants[LATENCY_S]
-    sent_s += n_tokens * (1.0 - stays) * constants[ACTIVATION_S]
-    far_s = max(any_far * constants[FLOOR_S], sent_s + far_s)
-    # E max(G, N): exact where the means agree (normal difference) and where they lie far apart.
-    apart = gpu_s - far_s
-    longer = 0.5 * (gpu_s + far_s + math.sqrt(apart * apart + 2.0 / math.pi * spread))
-    return overlap * longer + (1.0 - overlap) * (gpu_s + far_s)
+    x, stays, all_stay = room[0, :n], room[1, :n], room[2, :n]
+    for k in range(n):
+        x[k] = min(hbm_load[k] / (n_tokens * top_k), 1.0)
+    _power(x, top_k, stays)
+    for k in range(n):
+        x[k] = stays[k]
+    _power(x, n_tokens, all_stay)
+    for k in range(n):
+        any_far = 1.0 - all_stay[k]
+        sent_s = any_far * 2.0 * latency_s + n_tokens * (1.0 - stays[k]) * activation_s
+        far = max(any_far * floor_s, sent_s + far_s[k])
+        # E max(G, N): exact where the means agree (normal difference) and where they lie far apart.
+        apart, both = gpu_s[k] - far, gpu_s[k] + far
+        longer = 0.5 * (both + math.sqrt(apart * apart + 2.0 / math.pi * spread[k]))
+        seconds[k] = overlap * longer + (1.0 - overlap) * both
 
 
 @njit(**_INNER)
@@ -116,43 +138,46 @@ def _hbm_costs(cost, best, rates, layer, overlap, byte, active, widths, lost, he
 
 
 @njit(**_INNER)
-def _sort(order, key, spare):  # type: ignore[no-untyped-def]
-    """Sort ``order`` by ``key``, ties by number: the faster, the more of it is sorted already."""
+def _sort(order, key, spare, near):  # type: ignore[no-untyped-def]
+    """Sort ``order`` by ``key``, equal ones as they stand; ``spare`` and ``near`` are scratch."""
     n = order.size
     for first in range(0, n, _RUN):
-        for i in range(first + 1, min(first + _RUN, n)):
-            e, j = order[i], i
-            while j > first and _precedes(e, order[j - 1], key):
-                order[j] = order[j - 1]
-                j -= 1
-            order[j] = e
+        size = min(_RUN, n - first)
+        for i in range(size):
+            spare[i], near[i] = order[first + i], key[order[first + i]]
+        for i in range(size):
+            order[first + i] = -1
+        for i in range(size):  # counting has no branches: faster than moving, if few
+            place = first
+            for j in range(size):
+                place += near[j] < near[i]
+            while order[place] >= 0:
+                place += 1
+            order[place] = spare[i]
     width = _RUN
     while width < n:
         for first in range(0, n - width, 2 * width):
             middle, last = first + width, min(first + 2 * width, n)
-            if not _precedes(order[middle], order[middle - 1], key):
-                continue
             for i in range(first, middle):
                 spare[i] = order[i]
-            i, j = first, middle
-            for at in range(first, last):
-                if i < middle and (j == last or not _precedes(order[j], spare[i], key)):
-                    order[at] = spare[i]
-                    i += 1
-                elif j < last:
+            i, j, at = first, middle, first
+            while i < middle:
+                if j < last and key[order[j]] < key[spare[i]]:
                     order[at] = order[j]
                     j += 1
+                else:
+                    order[at] = spare[i]
+                    i += 1
+                at += 1
         width *= 2
 
 
 @njit(**_INNER)
-def _precedes(a, b, key):  # type: ignore[no-untyped-def]
-    return key[a] < key[b] or (key[a] == key[b] and a < b)
+def _prefixes(sums, idle, order, sheet, far_sheet, launch_s, width, token_s):  # type: ignore[no-untyped-def]
+    """Fill ``sums`` [6, E + 1]: the first k experts of ``order`` in HBM, the others far.
 
-
-@njit(**_INNER)
-def _prefixes(costs, layer, c, order, sheet, far_sheet, widths, width, rates, constants, idle):  # type: ignore[no-untyped-def]
-    """Fill ``costs``: the first k experts of ``order`` in HBM, the others far, for every k."""
+    They are GPU seconds, far seconds, variance, loss, bytes and load.
+    """
     n_experts = order.size
     own_s, rest_s, spread, loss, n_bytes, load, launched_s = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for e in range(n_experts):
@@ -161,7 +186,6 @@ def _prefixes(costs, layer, c, order, sheet, far_sheet, widths, width, rates, co
         spread += far_sheet[e, _FAR_VARIANCE]
     for b in range(idle.size):
         idle[b] = 1.0
-    second, token_s = rates[SECOND, layer], rates[GPU_FACTOR, layer] * constants[TOKEN_S]
     for k in range(n_experts + 1):
         if k > 0:
             e = order[k - 1]
@@ -175,13 +199,10 @@ def _prefixes(costs, layer, c, order, sheet, far_sheet, widths, width, rates, co
             b = width[e]
             before = idle[b]
             idle[b] = before * sheet[e, _IDLE]
-            launched_s += widths[LAUNCH_S, b] * (before - idle[b])
-        gpu_s = launched_s + max(own_s, token_s * load)
-        seconds = _layer_seconds(gpu_s, max(rest_s, 0.0), max(spread, 0.0), load, constants)
-        costs[OBJECTIVE, layer, c, k] = second * seconds + loss
-        costs[SECONDS, layer, c, k] = seconds
-        costs[GPU_S, layer, c, k] = gpu_s
-        costs[N_BYTES, layer, c, k] = n_bytes
+            launched_s += launch_s[b] * (before - idle[b])
+        sums[0, k] = launched_s + max(own_s, token_s * load)
+        sums[1, k], sums[2, k] = max(rest_s, 0.0), max(spread, 0.0)
+        sums[3, k], sums[4, k], sums[5, k] = loss, n_bytes, load
 
 
 @njit(**_LOOP)
@@ -194,11 +215,10 @@ def fill(rates, byte, load, active, widths, constants, far_s, lost, held, costs,
     """
     n_layers, n_experts, nb = lost.shape
     sheet, far_sheet = np.empty((n_experts, 8)), np.empty((n_experts, 4))
-    key, spare, idle = np.empty(n_experts), np.empty(n_experts, np.int64), np.empty(nb)
+    key, spare, near = np.empty(n_experts), np.empty(n_experts, np.int64), np.empty(n_experts)
+    sums, idle, room = np.empty((6, n_experts + 1)), np.empty(nb), np.empty((3, n_experts + 1))
     hbm_cost = np.empty((n_experts, nb))
     best, order = np.empty(n_experts, np.int64), np.empty(n_experts, np.int64)
-    for e in range(n_experts):
-        order[e] = e
     overlap = max(constants[OVERLAP], 0.0)
     for layer in range(n_layers):
         _far_best(far_sheet, rates, layer, overlap, active, far_s, lost)
@@ -226,13 +246,19 @@ def fill(rates, byte, load, active, widths, constants, far_s, lost, held, costs,
                 sheet[e, _VARIANCE] = own_variance - far_sheet[e, _FAR_VARIANCE]
                 choices[WIDTH, c, layer, e] = b
                 values[CHARGED, c, layer, e], values[GAIN, c, layer, e] = size, gain
-            _sort(order, key, spare)
+                order[e] = e
+            _sort(order, key, spare, near)
+            token_s = rates[GPU_FACTOR, layer] * constants[TOKEN_S]
+            width = choices[WIDTH, c, layer]
+            _prefixes(sums, idle, order, sheet, far_sheet, widths[LAUNCH_S], width, token_s)
+            seconds = costs[SECONDS, layer, c]
+            _layer_seconds(seconds, sums[0], sums[1], sums[2], sums[5], constants, room)
             for k in range(n_experts):
                 choices[RANKING, c, layer, k] = order[k]
-            width = choices[WIDTH, c, layer]
-            _prefixes(
-                costs, layer, c, order, sheet, far_sheet, widths, width, rates, constants, idle
-            )
+            for k in range(n_experts + 1):
+                costs[OBJECTIVE, layer, c, k] = rates[SECOND, layer] * seconds[k] + sums[3, k]
+                costs[GPU_S, layer, c, k] = sums[0, k]
+                costs[N_BYTES, layer, c, k] = sums[4, k]
 
 
 @njit(**_LOOP)
@@ -246,12 +272,18 @@ def buy_far(  # type: ignore[no-untyped-def]
     """
     n_layers, n_experts, nb = lost.shape
     best_share, best = np.empty(n_layers), np.empty((n_layers, n_experts), np.int64)
-    hot, found = np.empty(n_experts, np.bool_), np.empty(n_experts, np.int64)
+    hot, found = np.empty(n_experts, np.bool_), np.empty((shares.size, n_experts), np.int64)
+    sums, room, total = (
+        np.empty((4, shares.size)),
+        np.empty((3, shares.size)),
+        np.empty(shares.size),
+    )
+    losses = np.empty(shares.size)
     for layer in range(n_layers):
         c, count = chosen[layer] // (n_experts + 1), chosen[layer] % (n_experts + 1)
         for k in range(n_experts):
             hot[ranking[c, layer, k]] = k < count
-        hot_variance, hot_load, least = 0.0, 0.0, np.inf
+        hot_variance, hot_load = 0.0, 0.0
         factor = rates[FAR_FACTOR, layer]
         for e in range(n_experts):
             if hot[e]:
@@ -260,26 +292,32 @@ def buy_far(  # type: ignore[no-untyped-def]
                 doubt = (1.0 - active[layer, e]) / max(active[layer, e], 1e-12)
                 hot_variance += own_s * own_s * doubt
                 hot_load += load[layer, e]
-        for share in shares:
-            price, seconds, loss, spread = share * rates[SECOND, layer], 0.0, 0.0, hot_variance
+        for i in range(shares.size):
+            price, seconds, loss = shares[i] * rates[SECOND, layer], 0.0, 0.0
+            spread = hot_variance
             for e in range(n_experts):
                 b, lowest = 0, np.inf
                 for other in range(nb):
                     value = price * (factor * far_s[layer, e, other]) + lost[layer, e, other]
                     if value < lowest:
                         b, lowest = other, value
-                found[e] = b
+                found[i, e] = b
                 if not hot[e]:
                     own_s = factor * far_s[layer, e, b]
                     seconds += own_s
                     loss += lost[layer, e, b]
                     doubt = (1.0 - active[layer, e]) / max(active[layer, e], 1e-12)
                     spread += own_s * own_s * doubt
-            total = _layer_seconds(gpu_s[layer, c, count], seconds, spread, hot_load, constants)
-            if rates[SECOND, layer] * total + loss < least:
-                least, best_share[layer] = rates[SECOND, layer] * total + loss, share
-                for e in range(n_experts):
-                    best[layer, e] = found[e]
+            sums[0, i], sums[1, i], sums[2, i] = gpu_s[layer, c, count], seconds, spread
+            sums[3, i], losses[i] = hot_load, loss
+        _layer_seconds(total, sums[0], sums[1], sums[2], sums[3], constants, room)
+        least, at = np.inf, 0
+        for i in range(shares.size):
+            if rates[SECOND, layer] * total[i] + losses[i] < least:
+                least, at = rates[SECOND, layer] * total[i] + losses[i], i
+        best_share[layer] = shares[at]
+        for e in range(n_experts):
+            best[layer, e] = found[at, e]
     return best_share, best
 
 
@@ -288,7 +326,7 @@ def stage(bits, value, present_value, present, bytes_of, budget_bytes, can_arriv
     """The bits and values, flat, of `ndp_gym.allocation.stage`; ``bytes_of`` is by bits."""
     n = bits.size
     staged, worth, key = np.empty(n, np.int64), np.empty(n), np.empty(n)
-    order, spare = np.empty(n, np.int64), np.empty(n, np.int64)
+    order, spare, near = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n)
     n_moving, charged = 0, 0.0
     for e in range(n):
         staged[e], worth[e] = bits[e], value[e]
@@ -297,7 +335,7 @@ def stage(bits, value, present_value, present, bytes_of, budget_bytes, can_arriv
             n_moving += 1
         elif bits[e] > 0:
             charged += bytes_of[bits[e]]
-    arrived = _sorted_prefix(order, n_moving, key, spare, bits, bytes_of, can_arrive)
+    arrived = _sorted_prefix(order[:n_moving], key, spare, near, bits, bytes_of, can_arrive)
     for k in range(n_moving):
         e = order[k]
         old = bytes_of[present[e]]
@@ -314,19 +352,20 @@ def stage(bits, value, present_value, present, bytes_of, budget_bytes, can_arriv
             key[e], order[n_stale] = -present_value[e], e
             n_stale += 1
     room = budget_bytes - charged
-    for k in range(_sorted_prefix(order, n_stale, key, spare, present, bytes_of, room)):
+    stay = _sorted_prefix(order[:n_stale], key, spare, near, present, bytes_of, room)
+    for k in range(stay):
         e = order[k]
         staged[e], worth[e] = present[e], present_value[e]
     return staged, worth
 
 
 @njit(**_INNER)
-def _sorted_prefix(order, n, key, spare, bits, bytes_of, room):  # type: ignore[no-untyped-def]
-    """Sort the first ``n`` of ``order``; how many of them fit ``room`` together."""
-    _sort(order[:n], key, spare)
+def _sorted_prefix(order, key, spare, near, bits, bytes_of, room):  # type: ignore[no-untyped-def]
+    """Sort ``order`` by ``key``; how many of its first entries fit ``room`` together."""
+    _sort(order, key, spare, near)
     used = 0.0
-    for k in range(n):
+    for k in range(order.size):
         used += bytes_of[bits[order[k]]]
         if used > room:
             return k
-    return n
+    return order.size

@@ -178,6 +178,19 @@ def test_every_filling_costs_what_its_experts_cost_one_by_one(system, seed, n_to
                 assert found.objective[layer, c, k] == pytest.approx(objective, rel=1e-9)
 
 
+def test_many_experts_are_ranked_by_gain_less_the_price_of_bytes_and_ties_by_number():
+    n_experts = 150
+    model = replace(MODEL, n_experts=n_experts)
+    table, rng = cost_table(model, SYSTEM), np.random.default_rng(0)
+    routing = expected(shares(rng.integers(1, 40, (3, n_experts)).astype(float)), 4.0, 0.0, 2)
+    far_s = far_seconds(table, True, routing)
+    lost, present = np.zeros(far_s.shape), np.zeros(routing.load.shape, np.int64)
+    items = fillings(Window(table, True, routing, far_s, lost, present), prices_of()).items
+    key = prices_of().byte * items.n_bytes - items.gain
+    assert len(np.unique(key[0, 0])) < n_experts
+    assert np.array_equal(items.ranking, np.argsort(key, axis=-1, kind="stable"))
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("seed", range(3))
 def test_far_widths_are_those_of_the_share_under_which_the_layer_is_best(system, seed):
