@@ -276,11 +276,15 @@ def _nudged(
     )
     lost = facts.loss * nudges.expected.energy[..., None] + facts.guard
     lost = lost + _remake(facts, copies, float(np.mean(found.second)))
-    window = answer.window._replace(expected=nudges.expected, lost=lost)
+    far_s = far_seconds(facts.table, facts.in_place, nudges.expected)
+    window = answer.window._replace(expected=nudges.expected, far_s=far_s, lost=lost)
     options = fillings(window, prices)
     rations = at(answer.options.n_bytes, answer.chosen)
     chosen = within_rations(options, rations, budget_bytes)
-    return answer._replace(window=window, prices=prices, options=options, chosen=chosen)
+    _, far_index = far_widths(window, prices, options, chosen)
+    return answer._replace(
+        window=window, prices=prices, options=options, chosen=chosen, far_index=far_index
+    )
 
 
 def hot_plan(

@@ -10,7 +10,7 @@ from ndp_gym.cost import cost_table, expert_bytes
 from ndp_gym.forecast import Blend, Forecaster, expected, known, mixed, shares
 from ndp_gym.lanes import Lanes
 from ndp_gym.plan import FAR, HBM
-from ndp_gym.planners import Copies, Knobs, balance, facts_of, hot_plan
+from ndp_gym.planners import Copies, Knobs, Nudges, balance, facts_of, hot_plan
 from ndp_gym.policy import PolicyContext, resolve
 from ndp_gym.quality import QualityModel
 from ndp_gym.reward import reward_terms
@@ -54,6 +54,30 @@ def test_plans_keep_the_budget_from_any_placement_that_does(system, budget):
         plan = plan_for(load, system=system, budget=budget, before=before)
         assert charged_bytes(plan, before, system=system) <= budget * ROUTED
         before = plan
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nudges_of_one_change_nothing_and_a_layers_own_routing_counts(seed):
+    load, facts = random_load(seed, skew=3), facts_of(MODEL, SYSTEM, QualityModel(), 4.0, 16)
+    nothing, ones = np.zeros(load.shape, np.int64), np.ones(len(load))
+    routing, mirrored = (
+        expected(shares(values), 4.0, 2000.0, MODEL.top_k) for values in (load, load[:, ::-1])
+    )
+    problem = facts, routing, Copies(planned=nothing, present=nothing), 0.1 * ROUTED, Knobs()
+    plain, _ = balance(*problem)
+    same, _ = balance(*problem, nudges=Nudges(routing, ones, ones, ones))
+    np.testing.assert_array_equal(same.placement.tier, plain.placement.tier)
+    np.testing.assert_array_equal(same.placement.bitwidth, plain.placement.bitwidth)
+    other, _ = balance(*problem, nudges=Nudges(mirrored, ones, ones, ones))
+    want, _ = balance(facts, mirrored, *problem[2:])
+    agree = other.placement.tier == want.placement.tier
+    assert agree.mean() > 0.95
+    is_far = (other.placement.tier == FAR) & (want.placement.tier == FAR)
+    np.testing.assert_allclose(
+        other.placement.bitwidth[is_far], want.placement.bitwidth[is_far], atol=1
+    )
+    dear, _ = balance(*problem, nudges=Nudges(routing, ones, 8 * ones, ones))
+    assert dear.placement.bitwidth.mean() < plain.placement.bitwidth.mean()
 
 
 @pytest.mark.parametrize("system", [SYSTEM, NO_LAUNCH])
