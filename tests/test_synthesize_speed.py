@@ -49,7 +49,7 @@ def test_five_policies_are_as_fast_as_on_the_recording(
         source="synthetic",
         domains=real.requests.domains,
     )
-    flat = replace(like.profile, popularity=(0.0,), fast=(0.0,), slow=0.0, token=0.0)
+    flat = replace(like.profile, popularity=(0.0,), fast=(0.0,), slow=0.0, coupling=0.0)
     write_trace(tmp_path / "like", like, real.requests, seed=3)
     write_trace(tmp_path / "control", replace(like, profile=flat), real.requests, seed=3)
     wanted = speeds(tmp_path / "real", tmp_path)

@@ -1,7 +1,8 @@
 """Synthetic recordings of any length and shape, like a recording or a model preset.
 
-Nothing recorded is copied: a profile of a dozen amplitudes is fitted to the source's statistics and
-requests are drawn from it (traces.md §5 lists what is held). Labelled synthetic in the metadata.
+Nothing recorded is copied: a profile of two amplitudes a layer and a dozen shares is fitted to the
+source's statistics and requests are drawn from it (traces.md §5 lists what is held). Labelled
+synthetic in the metadata.
 """
 
 import os

@@ -12,10 +12,12 @@ from ndp_gym.trace_content import id_dtype
 from ndp_gym.trace_requests import Requests
 
 _PIECE_VALUES = 2**20  # scores held at a time: 4 MB each array
+_SLOW_BLOCK = 4  # rows with one state of the slow part
 _BLOCK = 16  # rows with one state of the drifting popularity
 _LOOP_PERIODS = (2, 150)  # traces.md §5.8
 _LOOP_JITTER = 0.02  # share of (row, layer) sets inside a loop that differ from the last round
 _GATE_SPREAD = 0.3  # of the log of a row's sharpness: sd .1 of the first weight (traces.md §6)
+_GOLDEN = (5**0.5 - 1) / 2
 _MODEL, _DOMAIN, _CONVERSATION, _REQUEST = range(4)  # streams of random numbers
 
 Array32 = npt.NDArray[np.float32]
@@ -68,15 +70,16 @@ class Generator:
             raise ValueError(f"loops must be in 0..1, got {loops}")
         self.profile, self.shape, self.seed, self.loops = profile, shape, seed, loops
         self._scale = profile.by_layer("popularity", shape.n_layers)[:, None].astype(np.float32)
-        fast = profile.by_layer("fast", shape.n_layers)
-        self._amplitude = np.stack(
-            [fast, np.full(len(fast), profile.slow), np.full(len(fast), profile.token)]
-        ).astype(np.float32)
+        fast = np.minimum(profile.by_layer("fast", shape.n_layers), 1 - profile.slow)
+        slow = np.full(shape.n_layers, profile.slow)
+        shares = np.stack([fast, slow, np.maximum(0, 1 - fast - slow)])
+        self._amplitude = np.sqrt(shares).astype(np.float32)
         rng = self._rng(_MODEL)
         self._shared = self._popularity(rng, profile.model_share)
         size = (shape.n_layers, profile.rank, shape.n_experts)
         loadings = rng.standard_normal(size, dtype=np.float32)
-        self._loadings = loadings / np.linalg.norm(loadings, axis=1, keepdims=True)
+        loadings /= np.linalg.norm(loadings, axis=1, keepdims=True)
+        self._loadings = np.float32(profile.coupling**0.5) * loadings
         self._gates = None if profile.gates is None else _sharpness_base(profile.gates)
 
     def pieces(self, requests: Requests) -> Iterator[Piece]:
@@ -88,16 +91,22 @@ class Generator:
             rng = self._rng(_REQUEST, index)
             bias = self._bias(int(requests.domain[index]), int(requests.conversation[index]))
             loop = self._loop(rng, int(requests.n_prompt[index]), length)
-            state = rng.standard_normal((2, self.profile.rank), dtype=np.float32)
+            hidden = _Fading(self.profile, rng, (1, self.profile.rank))
+            own = _Fading(self.profile, rng, (self.shape.n_layers, self.shape.n_experts))
+            steep = self._steepness(int(requests.domain[index]))
             drift = self._popularity(rng, self.profile.drift_share)
+            prompt, answer = (self._popularity(rng, self.profile.prompt_share) for _ in range(2))
             tail: npt.NDArray[Any] | None = None
             for first in range(0, length, step):
                 n = min(step, length - first)
-                scores, state = self._scores(rng, state, n)
+                scores = self._scores(hidden.rows(n), own.rows(n))
                 for block in range(0, n, _BLOCK):
-                    scores[:, block : block + _BLOCK] += (bias + drift)[:, None]
+                    scores[block : block + _BLOCK] += steep * (bias + drift)
                     drift = self._drifted(rng, drift)
-                ids = _best(scores, self.shape.top_k).transpose(1, 0, 2)
+                of_prompt = max(0, int(requests.n_prompt[index]) - first)
+                scores[:of_prompt] += steep * prompt
+                scores[of_prompt:] += steep * answer
+                ids = _best(scores, self.shape.top_k)
                 if loop is not None:
                     ids, tail = _looped(rng, ids, first, *loop, tail)
                 yield Piece(
@@ -110,35 +119,43 @@ class Generator:
 
     def _popularity(self, rng: np.random.Generator, share: float) -> Array32:
         size = (self.shape.n_layers, self.shape.n_experts)
+        cold = np.float32(self.profile.cold)
         draw = rng.standard_exponential(size, dtype=np.float32) - 1
-        return np.asarray(self._scale * np.float32(share**0.5) * draw)
+        draw -= cold * (rng.standard_exponential(size, dtype=np.float32) - 1)
+        return np.asarray(self._scale * np.float32((share / (1 + cold**2)) ** 0.5) * draw)
 
     def _bias(self, domain: int, conversation: int) -> Array32:
         shares = self.profile
-        rest = 1 - shares.model_share - shares.domain_share - shares.drift_share
+        within = shares.drift_share + shares.prompt_share
+        rest = 1 - shares.model_share - shares.domain_share - within
         of_domain = self._popularity(self._rng(_DOMAIN, domain), self.profile.domain_share)
         own = self._popularity(self._rng(_CONVERSATION, conversation), max(0.0, rest))
         return self._shared + of_domain + own
+
+    def _steepness(self, domain: int) -> np.float32:
+        """Factor of a domain's popularity; evenly spread over domains, of mean log 0."""
+        place = (domain + 0.5) * _GOLDEN % 1
+        return np.float32(np.exp(self.profile.domain_spread * 12**0.5 * (place - 0.5)))
 
     def _drifted(self, rng: np.random.Generator, drift: Array32) -> Array32:
         keep = np.exp(-_BLOCK / self.profile.drift_rows)
         fresh = self._popularity(rng, self.profile.drift_share)
         return np.asarray(keep * drift + np.sqrt(1 - keep**2) * fresh, dtype=np.float32)
 
-    def _scores(self, rng: np.random.Generator, state: Array32, n: int) -> tuple[Array32, Array32]:
-        """Scores ``[L, n, E]`` without popularity, and the hidden state ``[2, rank]`` after."""
-        constants = np.array([self.profile.fast_rows, self.profile.slow_rows])
-        keep = np.exp(-1 / constants).astype(np.float32)[:, None]
-        fresh = np.sqrt(1 - keep**2)
-        drawn = rng.standard_normal((3, n, self.profile.rank), dtype=np.float32)
-        for row in range(n):
-            state = np.asarray(keep * state + fresh * drawn[:2, row], dtype=np.float32)
-            drawn[:2, row] = state
-        hidden = np.einsum("pl,pnd->lnd", self._amplitude, drawn, optimize=True)
-        size = (self.shape.n_layers, n, self.shape.n_experts)
-        scores = rng.standard_normal(size, dtype=np.float32)
-        scores += np.matmul(hidden, self._loadings)
-        return scores, state
+    def _scores(self, hidden: Array32, own: Array32) -> Array32:
+        """Scores ``[n, L, E]`` of unit variance, without popularity.
+
+        Args:
+            hidden: Fast, slow and fresh part of the hidden state ``[3, n, 1, rank]``.
+            own: The same of every expert's own ``[3, n, L, E]``; overwritten.
+        """
+        own *= np.float32((1 - self.profile.coupling) ** 0.5) * self._amplitude[:, None, :, None]
+        scores: Array32 = own[0]
+        scores += own[1]
+        scores += own[2]
+        mixed = np.einsum("pl,pnd->lnd", self._amplitude, hidden[:, :, 0], optimize=True)
+        scores += np.matmul(mixed, self._loadings).transpose(1, 0, 2)
+        return scores
 
     def _loop(self, rng: np.random.Generator, n_prompt: int, length: int) -> tuple[int, int] | None:
         """(First row, period) of the loop that ends the request, or None."""
@@ -156,6 +173,37 @@ class Generator:
         sharpness = np.exp(np.float32(_GATE_SPREAD) * rng.standard_normal(size, dtype=np.float32))
         weights = np.exp(sharpness * np.log(self._gates).astype(np.float32))
         return np.asarray(weights / weights.sum(axis=2, keepdims=True), dtype=np.float16)
+
+
+class _Fading:
+    """Parts of a random state that fade fast, slowly and at once, each of unit variance."""
+
+    def __init__(
+        self, profile: RoutingProfile, rng: np.random.Generator, shape: tuple[int, int]
+    ) -> None:
+        constants = np.array([profile.fast_rows, profile.slow_rows / _SLOW_BLOCK])
+        self._keep = np.exp(-1 / constants).astype(np.float32)
+        self._fresh = np.sqrt(1 - self._keep**2)
+        self._rng, self._shape = rng, shape
+        self._state = rng.standard_normal((2, *shape), dtype=np.float32)
+
+    def rows(self, n: int) -> Array32:
+        """The next ``n`` rows of the three parts ``[3, n, *shape]``; the slow one in steps."""
+        parts = np.empty((3, n, *self._shape), dtype=np.float32)
+        self._rng.standard_normal(out=parts[0], dtype=np.float32)
+        self._rng.standard_normal(out=parts[2], dtype=np.float32)
+        fast, slow = self._state
+        for row in range(n):
+            fast *= self._keep[0]
+            parts[0, row] *= self._fresh[0]
+            fast += parts[0, row]
+            parts[0, row] = fast
+            if row % _SLOW_BLOCK == 0:
+                slow *= self._keep[1]
+                drawn = self._rng.standard_normal(self._shape, dtype=np.float32)
+                slow += self._fresh[1] * drawn
+            parts[1, row] = slow
+        return parts
 
 
 def _best(scores: Array32, top_k: int) -> npt.NDArray[Any]:

@@ -1,8 +1,9 @@
 """What the routing of a model is like, as a dozen numbers a generator can draw from.
 
 A token uses the K experts with the highest scores. The score of an expert is the sum of a
-popularity (of the model, the domain and the conversation), of the token's hidden state seen through
-the expert's loadings, and of unit normal noise: every amplitude below is in units of that noise.
+popularity (of the model, the domain, the conversation and the moment) and of a fluctuation of unit
+variance: partly the token's hidden state seen through the expert's loadings, partly its own, both
+with parts that fade fast, slowly and at once.
 """
 
 import tomllib
@@ -23,15 +24,19 @@ class RoutingProfile:
     """Amplitudes of the parts of a score; standard deviations over experts, in units of the noise.
 
     Attributes:
-        popularity: Of the popularity, by layer from first to last; interpolated to other depths.
+        popularity: Standard deviation over experts of the popularity, by layer from first to last;
+            interpolated to other depths.
         model_share: Share of the popularity's variance that all domains have in common, 0..1.
         domain_share: Share that the conversations of a domain have in common, 0..1.
-        drift_share: Share that wanders within a request, 0..1; what the three leave belongs to the
-            conversation.
-        fast: Of the part of the hidden state that fades within ``fast_rows`` tokens, by layer.
-        slow: Of the part that fades within ``slow_rows`` tokens.
-        token: Of the part of the hidden state that is drawn anew for every token; as all parts it
-            is common to all layers, so that layers predict each other.
+        drift_share: Share that wanders within a request, 0..1.
+        prompt_share: Share that is one for the prompt and another for the answer, 0..1; what the
+            four leave belongs to the conversation.
+        cold: Weight of the popularity's tail of cold experts; that of its hot experts has 1.
+        domain_spread: Standard deviation over domains of the log of the popularity's amplitude.
+        fast: Share of the fluctuation that fades within ``fast_rows`` tokens, by layer, 0..1.
+        slow: Share that fades within ``slow_rows`` tokens; what both leave is new for every token.
+        coupling: Share of the fluctuation that comes from the hidden state, common to all layers,
+            so that layers predict each other; the rest is every expert's own.
         fast_rows: Time constant of the fast part, tokens.
         slow_rows: Time constant of the slow part, tokens.
         drift_rows: Time constant of the drifting popularity, tokens.
@@ -44,28 +49,33 @@ class RoutingProfile:
     domain_share: float
     fast: tuple[float, ...]
     slow: float
-    token: float
+    coupling: float
     drift_share: float = 0.0
+    prompt_share: float = 0.0
     fast_rows: float = 1.5
     slow_rows: float = 12.0
     drift_rows: float = 64.0
+    cold: float = 0.0
+    domain_spread: float = 0.0
     rank: int = 8
     gates: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name in ("popularity", "fast"):
+        for name, high in (("popularity", 100), ("fast", 1)):
             values = getattr(self, name)
-            if not values or not all(0 <= value <= 20 for value in values):
-                raise ValueError(f"{name} must be numbers in 0..20 by layer, got {values!r:.80}")
-        for name in ("slow", "token"):
-            if not 0 <= getattr(self, name) <= 20:
-                raise ValueError(f"{name} must be in 0..20, got {getattr(self, name)}")
-        shares = (self.model_share, self.domain_share, self.drift_share)
+            if not values or not all(0 <= value <= high for value in values):
+                raise ValueError(
+                    f"{name} must be numbers in 0..{high} by layer, got {values!r:.80}"
+                )
+        for name, high in (("slow", 1), ("coupling", 1), ("cold", 100), ("domain_spread", 10)):
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be in 0..{high}, got {getattr(self, name)}")
+        shares = (self.model_share, self.domain_share, self.drift_share, self.prompt_share)
         if not (min(shares) >= 0 and sum(shares) <= 1 + 1e-9):
             raise ValueError(
-                f"model_share, domain_share and drift_share must be >= 0 and sum to at most 1, "
-                f"got {shares}"
+                f"model_share, domain_share, drift_share and prompt_share must be >= 0 and sum to "
+                f"at most 1, got {shares}"
             )
         for name in ("fast_rows", "slow_rows", "drift_rows"):
             if not getattr(self, name) > 0:
