@@ -33,6 +33,8 @@ class Agent:
         features: (offset, scale) of its inputs, by name and in order.
         layers: weight [n_out, n_in] and bias [n_out] of every layer; tanh between them.
         base: constants of the planner whose decisions it bends, by name.
+        forecast: weights [5, 5] of its forecast (`ndp_gym.layer_forecast.Learned`), ``None`` for
+            the planner's own.
         card: what else is known about it: training, scores.
 
     Raises:
@@ -42,6 +44,7 @@ class Agent:
     features: Mapping[str, tuple[float, float]]
     layers: Sequence[tuple[FloatArray, FloatArray]]
     base: Mapping[str, float] = field(default_factory=dict)
+    forecast: NDArray[np.float64] | None = None
     card: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -50,6 +53,9 @@ class Agent:
         if unknown:
             raise ValueError(f"layer agents have no features {unknown}; they have {list(FEATURES)}")
         base_constants(self.base)
+        weights = self.forecast
+        if weights is not None and not (weights.shape == (5, 5) and np.isfinite(weights).all()):
+            raise ValueError(f"forecast must be 5 x 5 finite weights, got {weights.tolist()}")
         n_in = len(self.features)
         for i, (weight, bias) in enumerate(self.layers):
             if weight.ndim != 2 or weight.shape[1] != n_in or bias.shape != weight.shape[:1]:
@@ -89,6 +95,7 @@ def save_agent(agent: Agent, path: str | os.PathLike[str]) -> Path:
         "features": {name: list(scaling) for name, scaling in agent.features.items()},
         "actions": list(ACTIONS),
         "base": dict(agent.base),
+        "forecast": None if agent.forecast is None else agent.forecast.tolist(),
         "network": {"sizes": [len(bias) for _, bias in agent.layers], "activation": "tanh"},
         **agent.card,
     }
@@ -124,6 +131,7 @@ def load_agent(path: str | os.PathLike[str]) -> Agent:
             features={name: (float(s[0]), float(s[1])) for name, s in card["features"].items()},
             layers=[(arrays[f"{i}.weight"], arrays[f"{i}.bias"]) for i in range(n_layers)],
             base={name: float(value) for name, value in card["base"].items()},
+            forecast=None if (w := card["forecast"]) is None else np.array(w, np.float64),
             card=card,
         )
     except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:

@@ -19,7 +19,7 @@ from ndp_gym.forecast import Blend, expected
 from ndp_gym.lanes import CONTEXT_NAMES, Observations
 from ndp_gym.layer_facts import LaneFacts
 from ndp_gym.layer_features import FEATURES, Estimate, features_of, outside_s
-from ndp_gym.layer_forecast import LaneForecaster, Routing, entry
+from ndp_gym.layer_forecast import LaneForecaster, Learned, Routing, entry
 from ndp_gym.outcome import Outcome
 from ndp_gym.plan import HBM, Plan
 from ndp_gym.planners import Copies, Facts, Guess, Knobs, Nudges, balance, constants_of, facts_of
@@ -78,6 +78,7 @@ class LayerAgents:
         profile: [L, E] loads on the train split, where known.
         features: (offset, scale) of the features used, by name and in this order.
         base: constants of the planner by name, as of `balance_feedback`.
+        learned: a fitted forecast in place of the planner's blend.
 
     Raises:
         ValueError: a feature or a constant does not exist.
@@ -95,6 +96,7 @@ class LayerAgents:
         profile: ArrayLike | None = None,
         features: Mapping[str, tuple[float, float]] = FEATURES,
         base: Mapping[str, float] | None = None,
+        learned: Learned | None = None,
     ) -> None:
         """Read the nominal costs; every lane then waits for `reset`."""
         unknown = sorted(features.keys() - FEATURES.keys())
@@ -114,7 +116,7 @@ class LayerAgents:
         self._facts = self._nominal
         self._speeds = LaneSpeeds(n_lanes, model.top_k, gain)
         self._weights = layer_weights(model)
-        self._forecaster = LaneForecaster(n_lanes, self._shape, profile, blend)
+        self._forecaster = LaneForecaster(n_lanes, self._shape, profile, blend, learned)
         self._planned = np.zeros((n_lanes, *self._shape), np.int64)
         self._guesses: list[Guess | None] = [None] * n_lanes
         self._seen: tuple[Observations, Routing, FloatArray] | None = None
@@ -150,7 +152,7 @@ class LayerAgents:
         factors = self._speeds.factors
         self._facts = self._nominal.scaled(factors)
         routing = self._forecaster(observations, only)
-        share = self._forecaster.mixed(routing, np.zeros(routing.base.shape[:2]))
+        share = routing.expected
         estimate = self._estimate(observations, share)
         self._seen = observations, routing, share
         columns = features_of(observations, routing, estimate, self._facts, self._weights, factors)

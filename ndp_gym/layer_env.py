@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env.base_vec_env import (
 
 from ndp_gym.budget import HbmBudget
 from ndp_gym.conditions import Conditions, find_conditions
+from ndp_gym.directions import train_directions
 from ndp_gym.inputs import (
     ModelLike,
     QualityLike,
@@ -36,6 +37,7 @@ from ndp_gym.inputs import (
 )
 from ndp_gym.lanes import Lanes
 from ndp_gym.layer_agents import ACTIONS, LayerAgents, layer_rewards
+from ndp_gym.layer_forecast import learned_of
 from ndp_gym.reward import quality_weight as weight_of
 from ndp_gym.reward import reward, reward_terms
 from ndp_gym.rollout import train_profile
@@ -98,6 +100,7 @@ class LayerVecEnv(_Agents):
         own: share of an agent's reward that is its own layer's (`layer_rewards`); the rest is the
             environment's, the same for all layers of a copy.
         base: constants of the planner that agents bend, see `LayerAgents`.
+        forecast: weights [5, 5] of their forecast, see `ndp_gym.layer_forecast.Learned`.
         max_windows: windows per episode.
         others: see `NDPPlacementEnv`.
 
@@ -129,6 +132,7 @@ class LayerVecEnv(_Agents):
         conditions: str | Conditions | None = None,
         own: float = 1.0,
         base: Mapping[str, float] | None = None,
+        forecast: NDArray[np.float64] | None = None,
     ) -> None:
         """Open the recording; nothing is reset yet."""
         if not 0 <= own <= 1:
@@ -146,7 +150,9 @@ class LayerVecEnv(_Agents):
             self.lanes.model, self.lanes.system, self.lanes.simulator.quality,
             self.lanes.base.quality_weight, window, n_lanes=2 * n_lanes,
             profile=train_profile(opened), base=base,
+            learned=learned_of(forecast, train_directions(opened)),
         )  # fmt: skip
+        self.forecast = forecast
         self._requests = opened.split_requests(split)
         self._own, self._max_windows, self.n_copies = own, max_windows, n_lanes
         self._n_layers = self.lanes.model.n_layers
@@ -236,7 +242,7 @@ class LayerVecEnvs(_Agents):
             raise ValueError("groups must have at least one environment, got none")
         self.render_mode = None
         self.groups = list(groups)
-        self.agents = self.groups[0].agents
+        self.agents, self.forecast = self.groups[0].agents, self.groups[0].forecast
         self._ends = np.cumsum([group.num_envs for group in groups])
         super().__init__(int(self._ends[-1]), len(self.agents.features))
 

@@ -30,6 +30,7 @@ class Routing(NamedTuple):
         last: the last window; ``base`` before there is one.
         gates: gate energy; ``base`` before there is any.
         prior: train profile, or flat.
+        expected: of the coming window: ``base`` floored by the prior, or a learned forecast.
     """
 
     base: FloatArray
@@ -38,6 +39,46 @@ class Routing(NamedTuple):
     last: FloatArray
     gates: FloatArray
     prior: FloatArray
+    expected: FloatArray
+
+
+class Learned(NamedTuple):
+    """A forecast that was fitted on a train split, in place of the blend (`train.forecast`).
+
+    The share expected of an expert is the prior's, plus what slow memory, fast memory and prompts
+    say beyond it, as they are and projected on the directions, each by its weight.
+
+    Attributes:
+        directions: [R, L, E] orthonormal, see `ndp_gym.directions`.
+        weights: [5, 5] a row for 1, 2, 4, 8 and 16 live requests; columns: slow, fast, and the
+            projections of slow, fast and prompts.
+    """
+
+    directions: FloatArray
+    weights: FloatArray
+
+    def shares(self, routing: Routing, n_live: FloatArray) -> FloatArray:
+        """[N, L, E] from the blends; none is below a tenth of the prior."""
+        row, rows = np.log2(n_live).clip(0, len(self.weights) - 1), np.arange(len(self.weights))
+        weights = np.stack([np.interp(row, rows, column) for column in self.weights.T], axis=-1)
+        change = (features_of(routing, self.directions) @ weights[:, None, :, None])[..., 0]
+        found = np.maximum(routing.prior + change, 0.1 * routing.prior)
+        return np.asarray(found / found.sum(axis=-1, keepdims=True))
+
+
+def features_of(routing: Routing, directions: FloatArray) -> FloatArray:
+    """[N, L, E, 5] what the weights of `Learned` are for."""
+    flat = directions.reshape(len(directions), -1)
+    beyond = [part - routing.prior for part in (routing.base, routing.fast, routing.prompts)]
+    inside = [(b.reshape(len(b), -1) @ flat.T @ flat).reshape(b.shape) for b in beyond]
+    return np.stack([*beyond[:2], *inside], axis=-1)
+
+
+def learned_of(weights: FloatArray | None, directions: FloatArray | None) -> Learned | None:
+    """The forecast of an agent on a recording; ``None`` where either lacks it."""
+    if weights is None or directions is None:
+        return None
+    return Learned(directions, weights)
 
 
 class LaneForecaster:
@@ -49,11 +90,13 @@ class LaneForecaster:
         shape: tuple[int, int],
         profile: ArrayLike | None = None,
         blend: Blend | None = None,
+        learned: Learned | None = None,
     ) -> None:
         """Nothing remembered."""
         prior = np.ones(shape) if profile is None else np.asarray(profile, np.float64)
         self._prior = np.broadcast_to(shares(prior), (n_lanes, *shape))
         self._blend = blend or Blend()
+        self._learned = learned
         self._steps = np.zeros((2, n_lanes))
         self._average = np.zeros((2, n_lanes, *shape))
 
@@ -83,14 +126,20 @@ class LaneForecaster:
         weight = (known / (known + self._steps))[..., None, None]
         prompts = shares(prefill)
         base, fast = weight * prompts + (1 - weight) * self._average
-        return Routing(
+        found = Routing(
             base=base,
             prompts=np.where(has_prompts[:, None, None], prompts, base),
             fast=fast,
             last=_or_else(last, base),
             gates=_or_else(observations["gate_share"].astype(np.float64), base),
             prior=self._prior,
+            expected=base,
         )
+        floor = self._blend.floor
+        expected = (1 - floor) * base + floor * self._prior
+        if self._learned is not None:
+            expected = self._learned.shares(found, n_live)
+        return found._replace(expected=expected)
 
     def _remember(self, last: FloatArray, window: FloatArray) -> None:
         window = window * last.any(axis=(1, 2))
@@ -100,10 +149,10 @@ class LaneForecaster:
         self._average += rate[..., None, None] * (shares(last) - self._average)
 
     def mixed(self, routing: Routing, mix: FloatArray) -> FloatArray:
-        """[N, L, E] shares for ``mix`` [N, L]: -1 prompts, 0 base, 1 fast; floored by the prior."""
+        """[N, L, E] shares for ``mix`` [N, L]: -1 prompts, 0 what is expected, 1 fast memory."""
         side = np.where(mix[..., None] < 0, routing.prompts, routing.fast)
-        share = routing.base + np.abs(mix)[..., None] * (side - routing.base)
-        return (1 - self._blend.floor) * share + self._blend.floor * routing.prior
+        side = (1 - self._blend.floor) * side + self._blend.floor * routing.prior
+        return np.asarray(routing.expected + np.abs(mix)[..., None] * (side - routing.expected))
 
 
 def entry(context: NDArray[np.float32], name: str) -> FloatArray:

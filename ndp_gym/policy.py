@@ -85,6 +85,8 @@ class PolicyContext:
         menu: the (tier, bitwidth) pairs the system offers.
         rng: the policy's own generator.
         profile: [L, E] tokens per decode token on the train split, ``None`` without one.
+        directions: [R, L, E] in which loads vary on the train split, see `ndp_gym.directions`;
+            computed when called, ``None`` without such a split.
         future: for oracles only, ``None`` for everyone else.
     """
 
@@ -98,6 +100,7 @@ class PolicyContext:
     menu: tuple[tuple[int, int], ...] = ()
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     profile: NDArray[np.float64] | None = None
+    directions: Callable[[], NDArray[np.float64] | None] = lambda: None
     future: Future | None = None
 
 

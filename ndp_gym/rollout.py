@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from ndp_gym import policy_calls
 from ndp_gym.budget import HbmBudget
 from ndp_gym.condition import Condition
+from ndp_gym.directions import train_directions
 from ndp_gym.lanes import Lanes
 from ndp_gym.outcome import Outcome
 from ndp_gym.plan import FAR, HBM, Plan
@@ -348,6 +350,7 @@ def _context(
         menu=tuple((tier, bits) for tier in (HBM, FAR) for bits in widths),
         rng=rng,
         profile=task.profile,
+        directions=partial(train_directions, task.trace),
     )
     return replace(context, future=_LaneFuture(lanes, order)) if needs_future(policy) else context
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from ndp_gym.agent_file import Agent, load_agent
 from ndp_gym.layer_agents import LayerAgents
+from ndp_gym.layer_forecast import learned_of
 from ndp_gym.plan import Placement, Plan
 from ndp_gym.policy import Observation, PolicyContext
 
@@ -49,6 +50,7 @@ class LayerAgent:
             profile=context.profile,
             features=self.agent.features,
             base=self.agent.base,
+            learned=learned_of(self.agent.forecast, context.directions()),
         )
         self.layers.reset(0)
 

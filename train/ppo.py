@@ -35,6 +35,7 @@ from ndp_gym.tracking import Mode, tracked_run
 from policies.agent import LayerAgent
 from policies.balance_feedback import BalanceFeedback
 from policies.tuned import read_tuning
+from train.forecast import fit_weights
 from train.options import parse
 from train.setting import Setting, traces_of, val_tasks, weight, window_rewards
 
@@ -211,8 +212,10 @@ def agent_of(model: BaseAlgorithm, card: dict[str, Any]) -> Agent:
         (m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy()) for m in _linear(model)
     ]
     env: Any = model.get_env()
-    agents = env.get_attr("agents", 0)[0]
-    return Agent(features=agents.features, layers=layers, base=agents.base, card=card)
+    agents, forecast = env.get_attr("agents", 0)[0], env.get_attr("forecast", 0)[0]
+    return Agent(
+        features=agents.features, layers=layers, base=agents.base, forecast=forecast, card=card
+    )
 
 
 def take_over(model: BaseAlgorithm, agent: Agent) -> None:
@@ -242,8 +245,8 @@ def base_of(args: Args) -> dict[str, float]:
     return read_tuning(args.base)[1]["constants"] if args.base else {}
 
 
-def environment(args: Args) -> LayerVecEnvs:
-    """One group of copies per recording."""
+def environment(args: Args, forecast: NDArray[np.float64] | None) -> LayerVecEnvs:
+    """One group of copies per recording, whose agents forecast with these weights."""
     max_windows = 10**6 if args.conditions == "fix" else args.episode_windows
     return LayerVecEnvs([
         LayerVecEnv(
@@ -251,7 +254,7 @@ def environment(args: Args) -> LayerVecEnvs:
             batch_size=args.batch_size, window=args.window,
             hbm_budget=parse_budget(args.hbm_budget), quality_weight=weight(args.quality_weight),
             conditions=args.conditions, own=args.own, max_windows=max_windows,
-            base=base_of(args),
+            base=base_of(args), forecast=forecast,
         )
         for path in traces_of(args)
     ])  # fmt: skip
@@ -262,7 +265,11 @@ def train(args: Args) -> Path:
     torch.set_num_threads(1)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    env = environment(args)
+    start = load_agent(args.init) if args.init else None
+    fitted = (
+        fit_weights(traces_of(args), args.window, args.seed, args.model) if start is None else None
+    )
+    env = environment(args, fitted if start is None else start.forecast)
     model = PPO(
         "MlpPolicy", env, seed=args.seed, n_steps=args.n_steps, batch_size=args.minibatch,
         n_epochs=args.n_epochs, gamma=args.gamma, gae_lambda=args.gae_lambda,
@@ -276,8 +283,8 @@ def train(args: Args) -> Path:
         "commit": git_commit(),
         "versions": dict(package_versions()),
     }
-    if args.init:
-        take_over(model, load_agent(args.init))
+    if start is not None:
+        take_over(model, start)
     scoring = ValScore(args, val_tasks(args), card)
     if args.resume:
         scoring.resume(model)

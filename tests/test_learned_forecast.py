@@ -1,0 +1,118 @@
+"""Forecasts fitted on a train split: directions of its loads, and weights that help on val."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ndp_gym.agent_file import Agent, load_agent, save_agent
+from ndp_gym.directions import RANK, directions_of, train_directions
+from ndp_gym.forecast import shares
+from ndp_gym.inputs import find_model, find_system, open_trace
+from ndp_gym.lanes import Lanes
+from ndp_gym.layer_agents import ACTIONS
+from ndp_gym.layer_features import FEATURES
+from ndp_gym.layer_forecast import Learned, Routing, learned_of
+from ndp_gym.rollout import train_profile
+from tests.conftest import make_trace
+from train.forecast import LIVE, fit_weights, samples
+
+SHAPE = (3, 10)
+
+
+def routing_of(seed: int) -> Routing:
+    rng = np.random.default_rng(seed)
+    parts = {name: shares(rng.random((2, *SHAPE))) for name in Routing._fields}
+    return Routing(**parts)
+
+
+def directions(seed: int = 0, rank: int = 4) -> np.ndarray:
+    basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(30, rank)))[0]
+    return np.ascontiguousarray(basis.T).reshape(rank, *SHAPE)
+
+
+def test_directions_are_orthonormal_and_of_the_train_split_alone() -> None:
+    trace = open_trace()
+    found = train_directions(trace)
+    flat = found.reshape(RANK, -1)
+    np.testing.assert_allclose(flat @ flat.T, np.eye(RANK), atol=1e-9)
+    again = directions_of(trace, trace.split_requests("train"))
+    np.testing.assert_array_equal(found, again)
+    other = directions_of(trace, trace.split_requests("test"))
+    assert not np.allclose(np.abs(other), np.abs(found))
+
+
+def test_the_first_directions_hold_most_of_what_differs_between_texts() -> None:
+    trace, prior = open_trace(), train_profile(open_trace())
+    flat = train_directions(trace).reshape(RANK, -1)
+    rng = np.random.default_rng(0)
+    chance = np.linalg.qr(rng.normal(size=(flat.shape[1], RANK)))[0].T
+    held, held_by_chance = [], []
+    for request in trace.split_requests("val"):
+        start, length = trace.requests.start[request], trace.requests.length[request]
+        ids, _ = trace.window(int(start), int(length))
+        counts = np.stack(
+            [np.bincount(ids[:, i].ravel(), minlength=64) for i in range(ids.shape[1])]
+        )
+        change = (shares(counts.astype(float)) - shares(prior)).ravel()
+        for basis, into in ((flat, held), (chance, held_by_chance)):
+            into.append(((basis @ change) ** 2).sum() / (change**2).sum())
+    assert np.mean(held) > 0.4
+    assert np.mean(held_by_chance) < 0.1
+
+
+def test_without_a_train_split_there_is_no_learned_forecast() -> None:
+    trace = make_trace(n_conversations=4)
+    assert train_directions(trace) is None
+    assert learned_of(np.zeros((5, 5)), None) is None
+    assert learned_of(None, directions()) is None
+
+
+def test_the_weight_of_slow_memory_alone_gives_the_blend_back() -> None:
+    weights = np.zeros((5, 5))
+    weights[:, 0] = 1.0
+    routing = routing_of(1)
+    found = Learned(directions(), weights).shares(routing, np.array([1.0, 5.0]))
+    blend = np.maximum(routing.base, 0.1 * routing.prior)
+    np.testing.assert_allclose(found, blend / blend.sum(axis=-1, keepdims=True))
+
+
+def test_projections_keep_what_lies_in_the_directions() -> None:
+    basis, routing = directions(), routing_of(2)
+    weights = np.zeros((5, 5))
+    weights[2, 2] = 1.0  # the projection of slow memory, at 4 live requests
+    found = Learned(basis, weights).shares(routing, np.array([4.0, 1.0]))
+    change = (routing.base - routing.prior)[0].ravel()
+    inside = sum((basis[i].ravel() @ change) * basis[i] for i in range(len(basis)))
+    wanted = np.maximum(routing.prior[0] + inside, 0.1 * routing.prior[0])
+    np.testing.assert_allclose(found[0], wanted / wanted.sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(found[1], routing.prior[1])  # weights at 1 live request are 0
+
+
+def test_fitted_weights_foresee_val_better_than_the_blend() -> None:
+    trace = open_trace()
+    weights, basis = fit_weights([None], 16), train_directions(trace)
+    assert weights.shape == (len(LIVE), 5)
+    np.testing.assert_array_equal(weights, fit_weights([None], 16))
+    rng = np.random.default_rng(1)
+    lanes = Lanes(trace, find_model(None, trace), find_system(None), batch_size=2, window=16)
+    missed = {"learned": 0.0, "blend": 0.0}
+    for features, change in samples(lanes, basis, trace.split_requests("val"), rng):
+        missed["learned"] += ((features @ weights[1] - change) ** 2).sum()
+        missed["blend"] += ((0.88 * features[:, 0] - change) ** 2).sum()
+    assert missed["learned"] < 0.97 * missed["blend"]
+
+
+def test_too_few_requests_to_fit_on_are_no_error(tmp_path: Path) -> None:
+    make_trace(n_conversations=20).save(tmp_path / "t.safetensors")
+    assert fit_weights([str(tmp_path / "t.safetensors")], 4) is None
+
+
+def test_an_agents_file_keeps_the_forecast(tmp_path: Path) -> None:
+    weight, bias = np.zeros((len(ACTIONS), len(FEATURES)), np.float32), np.zeros(4, np.float32)
+    forecast = np.arange(25.0).reshape(5, 5) / 7
+    agent = Agent(features=FEATURES, layers=[(weight, bias)], forecast=forecast, card={})
+    save_agent(agent, tmp_path / "a")
+    np.testing.assert_array_equal(load_agent(tmp_path / "a").forecast, forecast)
+    with pytest.raises(ValueError, match="forecast must be 5 x 5"):
+        Agent(features=FEATURES, layers=[(weight, bias)], forecast=np.zeros((2, 5)), card={})
