@@ -107,8 +107,8 @@ def trace_series(trace: RoutingTrace, phase: str = "all", *, seed: int = 0) -> S
     chosen = _chosen(trace, phase_spans(trace, phase))
     rng = np.random.default_rng(seed)
     counts = []
-    overlap, mixed_overlap = ({lag: [] for lag in LAGS} for _ in range(2))
-    coverage, mixed_coverage = ({width: [] for width in WINDOWS} for _ in range(2))
+    overlap, mixed_overlap = (_empty(LAGS) for _ in range(2))
+    coverage, mixed_coverage = (_empty(WINDOWS) for _ in range(2))
     for _, first, last in chosen:
         hot = multi_hot(trace.expert_ids[first:last], trace.n_experts)
         counts.append(hot.sum(axis=0, dtype=np.float64))
@@ -143,6 +143,10 @@ def trace_series(trace: RoutingTrace, phase: str = "all", *, seed: int = 0) -> S
         conversations=conversations,
         domains=domains,
     )
+
+
+def _empty(keys: Sequence[int]) -> dict[int, list[npt.NDArray[np.float64]]]:
+    return {key: [] for key in keys}
 
 
 def _chosen(

@@ -74,15 +74,15 @@ def line_chart(
         d = "".join(f"M{at(p, y.low)[0]:.1f} {_TOP}v{down}" for p in places)
         parts += [f'<path class="{name}" d="{d}"/>'] if d else []
     for curve in curves:
-        places = [at(*point) for point in curve.points]
+        spots = [at(*point) for point in curve.points]
         dash = " dashed" if curve.dashed else ""
-        d = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in places)
+        d = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in spots)
         parts.append(f'<path class="line c{curve.colour}{dash}" d="{d}"/>')
         if curve.dots:
             parts += [
                 f'<circle class="dot c{curve.colour}" cx="{a:.1f}" cy="{b:.1f}" r="3">'
                 f"<title>{escape(curve.name)}: {px:g}, {py:.3g}</title></circle>"
-                for (a, b), (px, py) in zip(places, curve.points, strict=True)
+                for (a, b), (px, py) in zip(spots, curve.points, strict=True)
             ]
     keys = "".join(
         f'<span class="key"><i class="swatch c{c.colour}{" dashed" if c.dashed else ""}"></i>'
@@ -126,10 +126,11 @@ def heat_map(
             f"M{x[c]} {y[r]}H{x[c + 1]}V{y[r + 1]}H{x[c]}z" for r, c in np.argwhere(levels == level)
         )
         parts.append(f'<path class="h{level}" d="{d}"/>')
-    for r, c in np.argwhere(levels >= 0) if values is not None else ():
-        kind = "value dark" if levels[r, c] > N_LEVELS // 2 else "value"
-        place = left + (c + 0.5) * dx, _TOP + (r + 0.5) * dy + 4
-        parts.append(_text(*place, f"{values[r, c]:.2f}", "middle", kind))
+    if values is not None:
+        for r, c in np.argwhere(levels >= 0):
+            kind = "value dark" if levels[r, c] > N_LEVELS // 2 else "value"
+            place = left + (c + 0.5) * dx, _TOP + (r + 0.5) * dy + 4
+            parts.append(_text(*place, f"{values[r, c]:.2f}", "middle", kind))
     for line in lines:
         a, b = left + line * dx, _TOP + line * dy
         parts.append(f'<path class="cut" d="M{a:.1f} {_TOP}v{height}M{left} {b:.1f}h{width}"/>')
