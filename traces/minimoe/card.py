@@ -39,8 +39,8 @@ below, and there is one seed. The model is tiny: what its answers say means noth
 | `{weights_file}` | float16 weights, vocabulary, {weights_mb:.1f} MB | `{weights_sha}` |
 
 Licence of both files: **{licence}**, as the project. They do not store the text, except the tokens
-of request 0 (in the trace's metadata), from which anyone can recompute its routing; with the weights
-the tokens of the others can be worked out from the routing of the first layer.
+of request 0 (in the trace's metadata), from which anyone can recompute its routing; with the
+weights the tokens of the others can be worked out from the routing of the first layer.
 """
 
 _MAKING = """\
