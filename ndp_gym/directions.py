@@ -20,11 +20,14 @@ __all__ = ["RANK", "directions_of", "train_directions"]
 
 FloatArray = NDArray[np.float64]
 
-RANK = 8
-"""Directions that are kept (chosen on val of the bundled recording)."""
+RANK = 24
+"""Directions that are kept."""
+
+HALF_AT = 8
+"""The direction that counts half; all constants here: chosen on val of the bundled recording."""
 
 CHUNK = 64
-"""Rows that one sample of the loads is counted over (assumed)."""
+"""Rows that one sample of the loads is counted over."""
 
 
 @lru_cache(maxsize=8)
@@ -34,10 +37,12 @@ def train_directions(trace: RoutingTrace) -> FloatArray | None:
 
 
 def directions_of(trace: RoutingTrace, requests: NDArray[np.int64]) -> FloatArray | None:
-    """[R, L, E] orthonormal directions of the loads of ``requests``, prompts included.
+    """[R, L, E] orthogonal directions of the loads of ``requests``, prompts included.
 
-    Samples are shares of the tokens of up to `CHUNK` consecutive rows, less their mean. ``None``
-    where there are no more samples than directions.
+    Samples are shares of the tokens of up to `CHUNK` consecutive rows, less their mean. A direction
+    that explains the variance v has the squared length v / (v + w), w being that of direction
+    `HALF_AT`, so that projecting on them keeps little of what is mostly noise. ``None`` where there
+    are no more samples than directions.
     """
     shape = (trace.n_layers, trace.n_experts)
     offsets = (np.arange(shape[0]) * shape[1])[:, None]
@@ -52,6 +57,8 @@ def directions_of(trace: RoutingTrace, requests: NDArray[np.int64]) -> FloatArra
     if len(samples) <= RANK:
         return None
     loads = np.array(samples)
-    _, _, found = np.linalg.svd(loads - loads.mean(axis=0), full_matrices=False)
-    directions: FloatArray = found[:RANK].reshape(-1, *shape)
+    _, spread, found = np.linalg.svd(loads - loads.mean(axis=0), full_matrices=False)
+    variance = spread[:RANK] ** 2
+    lengths = np.sqrt(variance / (variance + variance[HALF_AT]))
+    directions: FloatArray = (lengths[:, None] * found[:RANK]).reshape(-1, *shape)
     return directions

@@ -25,11 +25,41 @@ class Blend:
         decay: what a window's memory keeps of its weight per later window.
         floor: share of a flat prior (the train profile where there is one), so that an expert that
             was not seen lately is not taken for impossible.
+        gates: weight of the averaged gate energy in the expected one; the rest is the load's.
+        intensity: exponent of an expert's energy per load, by which its load counts there; 0 takes
+            all experts for alike.
     """
 
     prefill_tokens: float = 64.0
     decay: float = 0.85
     floor: float = 0.12
+    gates: float = 0.5
+    intensity: float = 0.0
+
+    def energy(self, share: FloatArray, gates: FloatArray, load: FloatArray) -> FloatArray:
+        """Expected shares of gate energy, [..., L, E].
+
+        Averages of gate energy are noisy, but so is the load that they come from, in the same way:
+        energy per load is what an expert keeps.
+
+        Args:
+            share: expected shares of the load.
+            gates: averaged shares of gate energy.
+            load: averaged as ``gates`` are; all 0 before there is any.
+        """
+        seen = load.sum(axis=-1, keepdims=True)
+        expected = share
+        if self.intensity > 0 and seen.all():
+            steady = _STEADY * share
+            each = (gates + steady) / (load / seen + steady)
+            expected = share * each**self.intensity
+            expected = expected / expected.sum(axis=-1, keepdims=True)
+        mixed: FloatArray = self.gates * gates + (1 - self.gates) * expected
+        return mixed
+
+
+_STEADY = 0.5
+"""Averaged shares that an expert's energy per load of 1 is worth (chosen on val)."""
 
 
 class Forecast(NamedTuple):
@@ -84,8 +114,10 @@ class Forecaster:
         prior = 1 / share.shape[1] if self._prior is None else self._prior
         share = (1 - self.blend.floor) * share + self.blend.floor * prior
         gates = np.asarray(observation["gate_share"], dtype=np.float64)
-        # Half of the energy share is the load's: gate energy of single windows is noisy.
-        energy = 0.5 * shares(gates) + 0.5 * share if gates.any() else share
+        energy = share
+        if gates.any():
+            load = np.asarray(observation["ema_load"], dtype=np.float64)
+            energy = self.blend.energy(share, shares(gates), load)
         context = n_live * context_entry(observation, "mean_context")
         return expected(share, n_live, context, self.top_k)._replace(energy=energy)
 

@@ -104,7 +104,7 @@ class LayerAgents:
             raise ValueError(f"layer agents have no features {unknown}; they have {list(FEATURES)}")
         self.features = dict(features)
         self.base = dict(base or {})
-        self._knobs, blend, gain = base_constants(self.base)
+        self._knobs, self._blend, gain = base_constants(self.base)
         self._shape = (model.n_layers, model.n_experts)
         self._top_k, self._window = model.top_k, window
         self._told = system, quality_weight
@@ -116,7 +116,7 @@ class LayerAgents:
         self._facts = self._nominal
         self._speeds = LaneSpeeds(n_lanes, model.top_k, gain)
         self._weights = layer_weights(model)
-        self._forecaster = LaneForecaster(n_lanes, self._shape, profile, blend, learned)
+        self._forecaster = LaneForecaster(n_lanes, self._shape, profile, self._blend, learned)
         self._planned = np.zeros((n_lanes, *self._shape), np.int64)
         self._guesses: list[Guess | None] = [None] * n_lanes
         self._seen: tuple[Observations, Routing, FloatArray] | None = None
@@ -208,8 +208,11 @@ class LayerAgents:
         gates = routing.gates[lane]
         n_live = max(float(context[_LIVE]), 1.0)
         tokens = n_live * float(context[_MEAN_CONTEXT])
+        load = observations["ema_load"][lane].astype(np.float64)
         usual, own = (
-            expected(s, n_live, tokens, self._top_k)._replace(energy=0.5 * gates + 0.5 * s)
+            expected(s, n_live, tokens, self._top_k)._replace(
+                energy=self._blend.energy(s, gates, load)
+            )
             for s in (share, mixed)
         )
         far_value, price, hysteresis, _ = action.T

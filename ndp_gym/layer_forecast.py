@@ -49,7 +49,7 @@ class Learned(NamedTuple):
     say beyond it, as they are and projected on the directions, each by its weight.
 
     Attributes:
-        directions: [R, L, E] orthonormal, see `ndp_gym.directions`.
+        directions: [R, L, E] orthogonal, see `ndp_gym.directions`.
         weights: [5, 5] a row for 1, 2, 4, 8 and 16 live requests; columns: slow, fast, and the
             projections of slow, fast and prompts.
     """

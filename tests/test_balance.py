@@ -56,6 +56,18 @@ def test_plans_keep_the_budget_from_any_placement_that_does(system, budget):
         before = plan
 
 
+def test_energy_per_load_is_what_an_expert_keeps():
+    share, load = np.array([[0.5, 0.3, 0.2]]), np.array([[2.0, 6.0, 2.0]])
+    gates = np.array([[0.4, 0.4, 0.2]])
+    usual = Blend().energy(share, gates, load)
+    np.testing.assert_allclose(usual, 0.5 * share + 0.5 * gates)
+    found = Blend(gates=0.0, intensity=1.0).energy(share, gates, load)
+    each = (gates + 0.5 * share) / (load / 10 + 0.5 * share)
+    np.testing.assert_allclose(found, share * each / (share * each).sum())
+    assert found[0, 0] > share[0, 0]  # twice the energy per load of the second expert
+    np.testing.assert_allclose(Blend(intensity=1.0).energy(share, gates, 0 * load), usual)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_nudges_of_one_change_nothing_and_a_layers_own_routing_counts(seed):
     load, facts = random_load(seed, skew=3), facts_of(MODEL, SYSTEM, QualityModel(), 4.0, 16)

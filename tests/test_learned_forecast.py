@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ndp_gym.agent_file import Agent, load_agent, save_agent
-from ndp_gym.directions import RANK, directions_of, train_directions
+from ndp_gym.directions import HALF_AT, RANK, directions_of, train_directions
 from ndp_gym.forecast import shares
 from ndp_gym.inputs import find_model, find_system, open_trace
 from ndp_gym.lanes import Lanes
@@ -31,11 +31,15 @@ def directions(seed: int = 0, rank: int = 4) -> np.ndarray:
     return np.ascontiguousarray(basis.T).reshape(rank, *SHAPE)
 
 
-def test_directions_are_orthonormal_and_of_the_train_split_alone() -> None:
+def test_directions_are_orthogonal_shrinking_and_of_the_train_split_alone() -> None:
     trace = open_trace()
     found = train_directions(trace)
     flat = found.reshape(RANK, -1)
-    np.testing.assert_allclose(flat @ flat.T, np.eye(RANK), atol=1e-9)
+    squares = (flat**2).sum(axis=1)
+    np.testing.assert_allclose(flat @ flat.T, np.diag(squares), atol=1e-9)
+    assert (np.diff(squares) < 0).all()
+    assert squares[HALF_AT] == pytest.approx(0.5)
+    assert squares[0] < 1
     again = directions_of(trace, trace.split_requests("train"))
     np.testing.assert_array_equal(found, again)
     other = directions_of(trace, trace.split_requests("test"))
@@ -45,6 +49,7 @@ def test_directions_are_orthonormal_and_of_the_train_split_alone() -> None:
 def test_the_first_directions_hold_most_of_what_differs_between_texts() -> None:
     trace, prior = open_trace(), train_profile(open_trace())
     flat = train_directions(trace).reshape(RANK, -1)
+    flat = flat / np.sqrt((flat**2).sum(axis=1, keepdims=True))
     rng = np.random.default_rng(0)
     chance = np.linalg.qr(rng.normal(size=(flat.shape[1], RANK)))[0].T
     held, held_by_chance = [], []
@@ -97,7 +102,9 @@ def test_fitted_weights_foresee_val_better_than_the_blend() -> None:
     rng = np.random.default_rng(1)
     lanes = Lanes(trace, find_model(None, trace), find_system(None), batch_size=2, window=16)
     missed = {"learned": 0.0, "blend": 0.0}
-    for features, change in samples(lanes, basis, trace.split_requests("val"), rng):
+    for features, change in samples(
+        lanes, basis, trace.split_requests("val"), train_profile(trace), rng
+    ):
         missed["learned"] += ((features @ weights[1] - change) ** 2).sum()
         missed["blend"] += ((0.88 * features[:, 0] - change) ** 2).sum()
     assert missed["learned"] < 0.97 * missed["blend"]

@@ -36,7 +36,8 @@ def test_a_search_starts_at_the_policys_defaults_and_inside_its_ranges(policy: s
     else:
         defaults = vars(made)
     for name, span in RANGES[policy].items():
-        assert span.start == defaults[name]
+        if name not in ("gates", "intensity"):  # off by default, on where they are tuned
+            assert span.start == defaults[name]
         assert span.value(span.start_place) == pytest.approx(span.start)
 
 

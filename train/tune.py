@@ -35,7 +35,7 @@ FloatArray = NDArray[np.float64]
 
 
 class Range(NamedTuple):
-    """Where a constant is looked for, and from where the search starts (the policy's default)."""
+    """Where a constant is looked for, and from where the search starts."""
 
     low: float
     high: float
@@ -67,6 +67,8 @@ _BALANCE = {
     "prefill_tokens": Range(8.0, 1024.0, 64.0, "log"),
     "decay": Range(0.3, 0.98, 0.85),
     "floor": Range(0.0, 0.4, 0.12),
+    "gates": Range(0.0, 1.0, 0.3),
+    "intensity": Range(0.0, 1.5, 0.7),
 }
 _WIDTHS = {"bits": Range(1, 4, 4, "whole"), "far_bits": Range(1, 4, 4, "whole")}
 RANGES: dict[str, dict[str, Range]] = {
