@@ -50,7 +50,7 @@ class Blend:
         seen = load.sum(axis=-1, keepdims=True)
         expected = share
         if self.intensity > 0 and seen.all():
-            steady = _STEADY * share
+            steady = _STEADY * share + 1e-12  # no load, no share: as much energy as load
             each = (gates + steady) / (load / seen + steady)
             expected = share * each**self.intensity
             expected = expected / expected.sum(axis=-1, keepdims=True)

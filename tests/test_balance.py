@@ -66,6 +66,8 @@ def test_energy_per_load_is_what_an_expert_keeps():
     np.testing.assert_allclose(found, share * each / (share * each).sum())
     assert found[0, 0] > share[0, 0]  # twice the energy per load of the second expert
     np.testing.assert_allclose(Blend(intensity=1.0).energy(share, gates, 0 * load), usual)
+    none = np.array([[1.0, 0.0, 0.0]])
+    np.testing.assert_allclose(Blend(intensity=1.0).energy(none, none, none), none)
 
 
 @pytest.mark.parametrize("seed", range(4))
