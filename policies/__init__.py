@@ -40,6 +40,7 @@ POLICIES: dict[str, str] = {
     "prefill_topk": "policies.prefill_topk:PrefillTopK",
     "random": "policies.random:Random",
     "static_popularity": "policies.static_popularity:StaticPopularity",
+    "tuned": "policies.tuned:tuned",
 }
 
 SAME_RULES: dict[str, str] = {

@@ -22,7 +22,7 @@ class LayerAgent:
         path: of the weights or the card, or the name of one that ships in ``policies/agents``.
     """
 
-    def __init__(self, path: str = "layer_ppo") -> None:
+    def __init__(self, path: str = "rand_0") -> None:
         """Read the file.
 
         Raises:

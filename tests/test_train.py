@@ -172,7 +172,7 @@ def test_experiments_are_options(path: Path) -> None:
     assert f"--conf-file {path.relative_to(ROOT)}" in command
 
 
-def test_the_defaults_are_the_experiment_that_the_shipped_agent_comes_from() -> None:
+def test_the_defaults_are_those_of_the_fixed_experiment() -> None:
     assert parse(Args, ["--conf-file", str(ROOT / "train/experiments/fix.yml")], "") == Args(
         hbm_budget="0.1"
     )

@@ -43,8 +43,8 @@ OPTIONS = {
 BY_PROMPTS = ("prefill_topk", "context_aware")
 HBM_ROWS = ("all_hbm", "all_hbm_mixed")
 ALWAYS_THERE = ("all_far4", *HBM_ROWS)
-# a trained agent competes where it was trained, in results of its own
-SCREENED = ("agent", "all_far", "all_far2", "all_far3", *ALWAYS_THERE)
+# what was trained or tuned competes where it was, in results of its own
+SCREENED = ("agent", "tuned", "all_far", "all_far2", "all_far3", *ALWAYS_THERE)
 
 Interval = tuple[float, float]
 
