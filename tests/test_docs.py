@@ -23,7 +23,7 @@ SAMPLES = {
 EXCERPTS = ("hdmoe",)  # a whole file of this format is hundreds of rows
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/policy.md", "docs/traces.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/policy.md", "docs/traces.md", "docs/train.md"])
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ids = np.argsort(np.random.default_rng(0).random((40, 16, 64)), axis=2)[:, :, :8]

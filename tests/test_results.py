@@ -1,0 +1,136 @@
+"""The comparison of agents and heuristics: resamples by hand, curves, and what the page says."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ndp_gym.scenarios import condition_tasks
+from policies.all_far import AllFar
+from policies.balance import Balance
+from train.results.conditions import Measured, agent_files, row_of
+from train.results.fronts import (
+    Curve,
+    Gain,
+    gain_at_equal_loss,
+    gain_over_range,
+    gains_at_budgets,
+)
+from train.results.measure import Run, run, shares_of
+from train.results.page import page
+from train.results.resampling import Resampling, at_equal, interval
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARES = [np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([[0.0, 1.0]])]
+
+
+def test_the_sample_itself_is_the_mean_over_windows() -> None:
+    values = [np.array([1.0, 3.0]), np.array([8.0])]
+    assert Resampling(SHARES).means(values)[0] == pytest.approx(4.0)
+
+
+def test_a_resample_weighs_episodes_and_conversations() -> None:
+    resampling = Resampling(SHARES, n_resamples=50, seed=3)
+    values = [np.array([1.0, 3.0]), np.array([8.0])]
+    found = resampling.means(values)
+    episodes, conversations = resampling.episodes, resampling.conversations
+    for r in range(51):
+        top = bottom = 0.0
+        for e, (share, value) in enumerate(zip(SHARES, values, strict=True)):
+            for window, parts in enumerate(share):
+                weight = episodes[r, e] * float(parts @ conversations[r])
+                top, bottom = top + weight * value[window], bottom + weight
+        if bottom > 0:
+            assert found[r] == pytest.approx(top / bottom)
+        else:
+            assert np.isnan(found[r])
+
+
+def test_what_is_the_same_everywhere_has_no_interval() -> None:
+    constant = [np.full(2, 0.7), np.full(1, 0.7)]
+    assert interval(Resampling(SHARES).means(constant)) == pytest.approx((0.7, 0.7))
+
+
+def test_training_seeds_widen_the_interval() -> None:
+    resampling = Resampling([np.eye(6)] * 8, seed=1)
+    runs = [[np.full(6, level)] * 8 for level in (0.0, 1.0, 2.0)]
+    found = resampling.means_over_seeds(runs)
+    assert found[0] == pytest.approx(1.0)
+    low, high = interval(found)
+    assert low < 0.5
+    assert high > 1.5
+    np.testing.assert_array_equal(found, resampling.means_over_seeds(runs))
+
+
+def test_a_curve_is_read_between_its_points_and_nowhere_else() -> None:
+    x = np.array([[2.0, 2.0, 2.0], [1.0, 1.0, 1.0]])
+    found = at_equal(np.array([1.25, 0.5, 2.0]), x, 10 * x)
+    np.testing.assert_allclose(found, [12.5, np.nan, 20.0])
+
+
+def test_a_gain_at_equal_loss_is_a_ratio_of_throughputs() -> None:
+    ones = np.ones(100)
+    curve = Curve(np.array([0.1 * ones, 0.2 * ones]), np.array([1.0 * ones, 2.0 * ones]))
+    gain = gain_at_equal_loss(0.15 * ones, 1.5 * ones + np.log(1.02), curve)
+    assert gain == pytest.approx((0.02, 0.02, 0.02))
+    assert np.isnan(gain_at_equal_loss(0.3 * ones, ones, curve).value)
+
+
+def test_curves_are_compared_at_budgets_and_over_all_losses() -> None:
+    ones = np.ones(60)
+    loss = np.array([0.0 * ones, 0.1 * ones, 0.15 * ones])
+    heuristic = Curve(loss, np.array([0.0 * ones, 1.0 * ones, 1.5 * ones]))
+    agents = Curve(loss, heuristic.speed + np.log(1.03))
+    near, middle, far = gains_at_budgets(agents, heuristic)
+    assert near == pytest.approx((0.03, 0.03, 0.03))
+    assert middle == pytest.approx((0.03, 0.03, 0.03))
+    assert np.isnan(far.value)  # 0.2 nats are beyond both curves
+    assert gain_over_range(agents, heuristic) == pytest.approx((0.03, 0.03, 0.03))
+
+
+def test_windows_and_shares_pair_whatever_the_policy() -> None:
+    tasks = condition_tasks(conditions="rand", split="test", n_episodes=2, max_windows=5)
+    one, other = shares_of(AllFar(), tasks), shares_of(Balance(), tasks)
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a.sum(axis=1), 1.0)
+    found = run(Balance(), tasks)
+    for speed, loss, reward, task in zip(found.speed, found.loss, found.reward, tasks, strict=True):
+        np.testing.assert_allclose(reward, speed - task.quality_weight * loss)
+        assert len(reward) == 5
+
+
+def fake(level: float, loss: float = 0.1) -> Run:
+    return Run(
+        speed=[np.full(2, level), np.full(1, level)], loss=[np.full(2, loss), np.full(1, loss)],
+        reward=[np.full(2, level), np.full(1, level)], decision_s=0.001,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("level", "verdict"),
+    [(1.1, "the agents are better"), (0.9, "the heuristic is better"), (1.0, "no difference")],
+)
+def test_the_page_says_who_is_better(level: float, verdict: str) -> None:
+    resampling = Resampling([np.full((n, 2), 0.5) for n in (2, 1)])
+    best, curve = fake(1.0), Curve(np.zeros((2, 2001)), np.zeros((2, 2001)))
+    rows = [
+        row_of("balance, tuned", [best], best, curve, resampling),
+        row_of("layer agents", [fake(level)] * 5, best, curve, resampling),
+    ]
+    tuning = {
+        "scores": {"reward": 1.0, "reward_untuned": 0.9, "spread_of_tunings": 0.01},
+        "tunings": [0, 1, 2],
+    }
+    measured = Measured("rand", 2, 2, "balance, tuned", rows, curve, None, {"balance": tuning})
+    text = page([measured])
+    assert verdict in text
+    assert "(5 seeds)" in text
+    assert Gain.of(rows[1].reward - rows[0].reward).value == pytest.approx(level - 1)
+
+
+@pytest.mark.parametrize("conditions", ["rand", "hidden", "drift"])
+def test_agents_of_the_table_ship_with_five_seeds(conditions: str) -> None:
+    assert len(agent_files(conditions)) == 5
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert f"- `{conditions}`: layer agents (5 seeds)" in text

@@ -1,0 +1,1 @@
+"""``python -m train.results``: agents beside tuned heuristics on test, and the page about it."""
