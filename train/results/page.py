@@ -43,8 +43,9 @@ windows on top of the tuned `balance_feedback`; every tuning had 16,000.
 - One small model's routing with the sizes of a 16B-class model, and {conversations} test
   conversations: agents for your model have to be trained on its recording.
 - The lead is about half a percent of throughput, small beside what tuning brings (`fix`) and beside
-  what `oracle_balance` gains by knowing the next window. Nearly all of it is the fitted forecast: on val, agents
-  without their network gain almost as much; what reinforcement learning adds is within the noise.
+  what `oracle_balance` gains by knowing the next window. Nearly all of it is the fitted forecast:
+  on val, agents without their network gain almost as much; what reinforcement learning adds is
+  within the noise.
 - Conditions are drawn from ranges that are partly assumed (`ndp_gym/conditions.py`).
 """
 HEAD = (
