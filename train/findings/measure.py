@@ -43,8 +43,9 @@ OPTIONS = {
 BY_PROMPTS = ("prefill_topk", "context_aware")
 HBM_ROWS = ("all_hbm", "all_hbm_mixed")
 ALWAYS_THERE = ("all_far4", *HBM_ROWS)
-# what was trained or tuned competes where it was, in results of its own
-SCREENED = ("agent", "tuned", "all_far", "all_far2", "all_far3", *ALWAYS_THERE)
+# what was trained or tuned competes in results of its own; where machines are as told, feedback
+# is plain `balance`
+SCREENED = ("agent", "tuned", "balance_feedback", "all_far", "all_far2", "all_far3", *ALWAYS_THERE)
 
 Interval = tuple[float, float]
 
