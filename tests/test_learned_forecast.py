@@ -96,9 +96,9 @@ def test_projections_keep_what_lies_in_the_directions() -> None:
 
 def test_fitted_weights_foresee_val_better_than_the_blend() -> None:
     trace = open_trace()
-    weights, basis = fit_weights([None], 16), train_directions(trace)
+    weights, basis = fit_weights((None,), 16), train_directions(trace)
     assert weights.shape == (len(LIVE), 5)
-    np.testing.assert_array_equal(weights, fit_weights([None], 16))
+    np.testing.assert_array_equal(weights, fit_weights.__wrapped__((None,), 16))
     rng = np.random.default_rng(1)
     lanes = Lanes(trace, find_model(None, trace), find_system(None), batch_size=2, window=16)
     missed = {"learned": 0.0, "blend": 0.0}
@@ -112,7 +112,7 @@ def test_fitted_weights_foresee_val_better_than_the_blend() -> None:
 
 def test_too_few_requests_to_fit_on_are_no_error(tmp_path: Path) -> None:
     make_trace(n_conversations=20).save(tmp_path / "t.safetensors")
-    assert fit_weights([str(tmp_path / "t.safetensors")], 4) is None
+    assert fit_weights((str(tmp_path / "t.safetensors"),), 4) is None
 
 
 def test_an_agents_file_keeps_the_forecast(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ five times, so that weights are not fitted to directions that have seen the answ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +33,9 @@ RIDGE = 0.1
 """Of the mean diagonal of the normal equations (chosen on val of the bundled recording)."""
 
 
+@lru_cache(maxsize=8)
 def fit_weights(
-    traces: Sequence[str | None], window: int, seed: int = 0, model: str | None = None
+    traces: tuple[str | None, ...], window: int, seed: int = 0, model: str | None = None
 ) -> FloatArray | None:
     """[5, 5] weights over all recordings together; ``None`` where one has too few to fit on.
 
@@ -65,7 +67,9 @@ def fit_weights(
                     right += features.T @ change
         ridge = RIDGE * np.trace(normal) / 5 * np.eye(5)
         found.append(np.linalg.solve(normal + ridge, right))
-    return np.array(found)
+    weights = np.array(found)
+    weights.flags.writeable = False
+    return weights
 
 
 def samples(

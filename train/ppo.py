@@ -267,7 +267,9 @@ def train(args: Args) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     start = load_agent(args.init) if args.init else None
     fitted = (
-        fit_weights(traces_of(args), args.window, args.seed, args.model) if start is None else None
+        fit_weights(tuple(traces_of(args)), args.window, args.seed, args.model)
+        if start is None
+        else None
     )
     env = environment(args, fitted if start is None else start.forecast)
     model = PPO(
