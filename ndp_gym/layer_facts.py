@@ -18,7 +18,6 @@ class LaneFacts:
 
     Attributes:
         shared: facts of one lane, for all that does not depend on speeds and weights.
-        loss, guard: [N, L, E, NB].
         gpu_weight_s, gpu_launch_s, far_weight_s, far_token_s, copy_s: [N, NB].
         layer_s: [N, L].
         gpu_token_s, link_latency_s, activation_token_s, far_floor_s, kv_token_s, dense_layer_s,
@@ -28,7 +27,6 @@ class LaneFacts:
     def __init__(self, facts: Facts, n_lanes: int) -> None:
         """The same ``facts`` for every lane."""
         self.shared, self._n_lanes = facts, n_lanes
-        self.loss, self.guard = self._repeated(facts.loss), self._repeated(facts.guard)
         table = facts.table
         self.gpu_weight_s = self._repeated(table.gpu_weight_s)
         self.gpu_launch_s = self._repeated(table.gpu_launch_s)
@@ -48,7 +46,6 @@ class LaneFacts:
 
     def put(self, lane: int, facts: Facts) -> None:
         """Other facts, at the same widths, for one lane."""
-        self.loss[lane], self.guard[lane] = facts.loss, facts.guard
         for name in _OF_TABLE:
             getattr(self, name)[lane] = getattr(facts.table, name)
 

@@ -28,7 +28,7 @@ ROOMS = {
     "layer_facts speeds speed_loops layer_features layer_agents agent_file",
     "evaluate": "statistics provenance contenders results rows directions rollout scenarios "
     "regret explain plan_export plan_targets "
-    "evaluation uncertainty figure report report_uncertainty tracking "
+    "evaluation uncertainty charts figure report report_uncertainty tracking "
     "trace_page trace_page_style trace_svg "
     "validation bench bench_large layer_env",
     "cli": "commands cli __main__",

@@ -158,6 +158,10 @@ def test_the_shipped_agent_scores_on_val_what_its_card_says() -> None:
     for name in ("reward", "reward_alone", "gain"):
         assert scores[name] == pytest.approx(card["scores"][name], abs=1e-3)
     assert scores["gain"] > 2 * scores["gain_standard_error_over_episodes"]
+    agent = LayerAgent().agent  # nearly all of it is the forecast, as docs/results.md says
+    mute = replace(agent, layers=[(0 * weight, 0 * bias) for weight, bias in agent.layers])
+    forecast = [window_rewards(LayerAgent.of(mute), task) for task in tasks]
+    assert scores_of(forecast, alone)["gain"] > 0.8 * scores["gain"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "train/experiments").glob("*.yml")), ids=str)

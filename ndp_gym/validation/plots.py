@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ndp_gym.charts import panels, svg
 from ndp_gym.validation import sweep
 from ndp_gym.validation.results import Row, by_group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MEASURED, OURS, FAILED, BAND = "#9d9d9d", "#4c78a8", "#e45756", "#e8e8e8"
 
@@ -29,29 +28,10 @@ def draw_all(rows: Sequence[Row]) -> dict[str, bytes]:
     }
     files = {}
     for name, (size, n_panels, fill) in draw.items():
-        canvas, axes = _canvas(size, n_panels)
+        canvas, axes = panels(size, n_panels)
         fill(axes)
-        files[f"validation-{name}.svg"] = _svg(canvas)
+        files[f"validation-{name}.svg"] = svg(canvas)
     return files
-
-
-def _canvas(size: tuple[float, float], n_panels: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(canvas)
-    return canvas, list(canvas.subplots(1, n_panels, squeeze=False)[0])
-
-
-def _svg(canvas: Figure) -> bytes:
-    import matplotlib
-
-    out = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ndp-gym"}):
-        canvas.savefig(out, format="svg", metadata={"Date": None})
-    # matplotlib leaves blanks at line ends
-    return b"\n".join(line.rstrip() for line in out.getvalue().splitlines()) + b"\n"
 
 
 def _bars(axes: Axes, rows: Sequence[Row]) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ndp_gym.charts import panels, svg
 from train.closed_loop.bitmaps import BEST, DEFAULT, Measured
 from train.closed_loop.closed import Loop
 from train.closed_loop.summary import TOLERANCE, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLOURS = {
     "mean 2": "#e45756", "mean 2.5": "#f58518", "mean 3": "#54a24b", "mean 3.5": "#4c78a8",
@@ -24,16 +23,18 @@ MARKS = {"uniform": "D", "policies": "^"}
 FLOOR = 5e-3  # nats; what is measured or predicted below is left out
 
 
-def draw(measured: Measured, verdicts: Sequence[Verdict], loops: Sequence[Loop]) -> dict[str, str]:
+def draw(
+    measured: Measured, verdicts: Sequence[Verdict], loops: Sequence[Loop]
+) -> dict[str, bytes]:
     """SVG files by name."""
     shown = [v for v in verdicts if v.way in (DEFAULT, BEST)]
-    scatter, axes = _canvas((10.0, 4.9), len(shown))
+    scatter, axes = panels((10.0, 4.9), len(shown))
     for panel, verdict in zip(axes, shown, strict=True):
         _maps(panel, measured, verdict)
     axes[0].legend(fontsize=7, loc="upper left", framealpha=0.9)
-    loop, axes = _canvas((10.0, 4.0), 3)
+    loop, axes = panels((10.0, 4.0), 3)
     _loops(axes, loops)
-    return {"quality_maps.svg": _svg(scatter), "quality_loop.svg": _svg(loop)}
+    return {"quality_maps.svg": svg(scatter), "quality_loop.svg": svg(loop)}
 
 
 def _maps(axes: Axes, measured: Measured, verdict: Verdict) -> None:
@@ -82,21 +83,3 @@ def _loops(axes: Sequence[Axes], loops: Sequence[Loop]) -> None:
         panel.axhspan(-100 * TOLERANCE, 100 * TOLERANCE, color="#e8e8e8", zorder=0)
         panel.axhline(0, color="#9d9d9d", linewidth=0.8)
     axes[0].legend(fontsize=7)
-
-
-def _canvas(size: tuple[float, float], n_panels: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(canvas)
-    return canvas, list(canvas.subplots(1, n_panels, squeeze=False)[0])
-
-
-def _svg(canvas: Figure) -> str:
-    import matplotlib
-
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ndp-gym"}):
-        canvas.savefig(out, format="svg", metadata={"Date": None})
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 from ndp_gym.report import write_whole
 from train.results.conditions import CONDITIONS, Measured, measure
 from train.results.page import page
-from train.results.pictures import learning_curves, save
+from train.results.pictures import learning_curves
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         measured: list[Measured] = list(pool.map(partial(measure, n_episodes=args.episodes), names))
     drawn = [each.conditions for each in measured if each.conditions != "fix"]
-    save(learning_curves(drawn), args.out.parent / "img/results-learning.svg")
+    write_whole(args.out.parent / "img/results-learning.svg", learning_curves(drawn))
     write_whole(args.out, page(measured))
     print(f"wrote {args.out}")
     return 0

@@ -35,8 +35,9 @@ window; it is no bound. The small tables run agents at the same prices too and c
 curve: at budgets of ΔNLL over the reference, and as the geometric mean over all losses that both
 reach, which is the difference of their hypervolumes.
 
-Under `fix` the agents are those that were trained under `rand`. Every agent trained on 24,000
-windows on top of the tuned `balance_feedback`; every tuning had 16,000.
+Under `fix` the agents are those that were trained under `rand`. Every agent bends the tuned
+`balance_feedback`; the windows that agents and tunings had stand in `train/experiments` and
+`train/reproduce.sh`.
 
 ## What not to conclude
 

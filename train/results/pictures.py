@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ndp_gym.charts import panels, svg
 from train.results.conditions import agent_files
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 COLOURS = {"rand": "#4c78a8", "hidden": "#e45756", "drift": "#54a24b"}
 
 
-def learning_curves(conditions: Sequence[str]) -> Figure:
+def learning_curves(conditions: Sequence[str]) -> bytes:
     """Reward on val over that of the planner alone: a line per seed, up to the agent that ships."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, (axes,) = panels((7.0, 3.4))
     for name in conditions:
         for place, path in enumerate(agent_files(name)):
             card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -40,15 +32,4 @@ def learning_curves(conditions: Sequence[str]) -> Figure:
     axes.set_xlabel("thousand windows trained on, up to the best on val")
     axes.set_ylabel("reward gained on val")
     axes.legend(frameon=False, title="trained under", loc="lower right", ncols=3)
-    return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write an SVG that is the same for the same numbers."""
-    import matplotlib as mpl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with mpl.rc_context({"svg.hashsalt": "ndp-gym"}):
-        figure.savefig(part, format="svg", metadata={"Date": None})
-    part.replace(path)
+    return svg(figure)
