@@ -31,5 +31,5 @@ def learning_curves(conditions: Sequence[str]) -> bytes:
     axes.set_xlim(left=0)
     axes.set_xlabel("thousand windows trained on, up to the best on val")
     axes.set_ylabel("reward gained on val")
-    axes.legend(frameon=False, title="trained under", loc="lower right", ncols=3)
+    axes.legend(frameon=False, title="trained under", loc=(0.5, 0.12), ncols=3)
     return svg(figure)
