@@ -25,8 +25,8 @@ from policies.balance_feedback import BalanceFeedback
 from tests.conftest import make_trace
 from tests.wandb_reader import read_run
 from train.options import parse
-from train.ppo import Args, ValScore, scores_of, train
-from train.setting import Setting, val_tasks, window_rewards
+from train.ppo import Args, ValScore, train
+from train.setting import Setting, scores_of, val_tasks, window_rewards
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY: dict[str, Any] = {

@@ -35,8 +35,14 @@ from policies.agent import LayerAgent
 from policies.balance_feedback import BalanceFeedback
 from policies.oracle_balance import OracleBalance
 from train.options import parse
-from train.ppo import mean_of, scores_of
-from train.setting import Setting, episodes_of, val_tasks, window_rewards
+from train.setting import (
+    Setting,
+    episodes_of,
+    mean_of,
+    scores_of,
+    val_tasks,
+    window_rewards,
+)
 
 FloatArray = NDArray[np.float64]
 

@@ -37,7 +37,15 @@ from policies.balance_feedback import BalanceFeedback
 from policies.tuned import read_tuning
 from train.forecast import fit_weights
 from train.options import parse
-from train.setting import Setting, traces_of, val_tasks, weight, window_rewards
+from train.setting import (
+    Setting,
+    mean_of,
+    scores_of,
+    traces_of,
+    val_tasks,
+    weight,
+    window_rewards,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,30 +182,6 @@ class ValScore(BaseCallback):
         model.num_timesteps = state["num_timesteps"]
         self.best = state["best"]
         self.started_at = self.scored_at = windows_of(model, model.num_timesteps)
-
-
-def mean_of(rewards: Sequence[NDArray[np.float64]]) -> float:
-    """Mean over tasks of the mean over windows: every recording and episode counts the same."""
-    return float(np.mean([values.mean() for values in rewards]))
-
-
-def scores_of(
-    rewards: Sequence[NDArray[np.float64]], alone: Sequence[NDArray[np.float64]]
-) -> dict[str, Any]:
-    """What a card says about an agent on val, beside the planner alone; one array per task."""
-    if len(rewards) == 1:
-        gain, over = rewards[0] - alone[0], "windows"
-    else:
-        pairs = zip(rewards, alone, strict=True)
-        gain, over = np.array([one.mean() - other.mean() for one, other in pairs]), "episodes"
-    return {
-        "split": "val",
-        "reward": mean_of(rewards),
-        "reward_alone": mean_of(alone),
-        "gain": float(gain.mean()),
-        f"gain_standard_error_over_{over}": float(gain.std(ddof=1) / np.sqrt(len(gain))),
-        f"share_of_{over}_won": float((gain > 0).mean()),
-    }
 
 
 def windows_of(model: BaseAlgorithm, steps: int) -> int:

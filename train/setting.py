@@ -1,8 +1,10 @@
-"""What the scripts of this folder share: recordings and machines, and episodes drawn there."""
+"""What the scripts of this folder share: recordings and machines, episodes there, and scores."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +83,30 @@ def window_rewards(policy: Policy, task: Task) -> NDArray[np.float64]:
     """Reward of every window of the task, in its order: windows pair between policies."""
     terms = run_policy(policy, task, seed=0).terms
     return np.array(terms["throughput"]) + task.quality_weight * np.array(terms["quality"])
+
+
+def mean_of(rewards: Sequence[NDArray[np.float64]]) -> float:
+    """Mean over tasks of the mean over windows: every recording and episode counts the same."""
+    return float(np.mean([values.mean() for values in rewards]))
+
+
+def scores_of(
+    rewards: Sequence[NDArray[np.float64]], alone: Sequence[NDArray[np.float64]]
+) -> dict[str, Any]:
+    """What a card says about an agent on val, beside the planner alone; one array per task."""
+    if len(rewards) == 1:
+        gain, over = rewards[0] - alone[0], "windows"
+    else:
+        pairs = zip(rewards, alone, strict=True)
+        gain, over = np.array([one.mean() - other.mean() for one, other in pairs]), "episodes"
+    return {
+        "split": "val",
+        "reward": mean_of(rewards),
+        "reward_alone": mean_of(alone),
+        "gain": float(gain.mean()),
+        f"gain_standard_error_over_{over}": float(gain.std(ddof=1) / np.sqrt(len(gain))),
+        f"share_of_{over}_won": float((gain > 0).mean()),
+    }
 
 
 def weight(text: str) -> float:
