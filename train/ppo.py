@@ -1,8 +1,8 @@
 """Train layer agents with PPO: ``python -m train.ppo --out runs/ppo`` and watch val.
 
 One network decides for every layer (`ndp_gym.layer_env`), of every recording that is named. The
-agent is scored on the val split every few thousand windows beside the planner that it bends,
-`balance_feedback` with the constants of ``--base``; the best one is kept.
+agent is scored on the val split before the first update and every few thousand windows, beside the
+planner that it bends, `balance_feedback` with the constants of ``--base``; the best one is kept.
 The output folder gets ``best`` and ``last`` (agents, each a .safetensors and a .json),
 ``checkpoint`` (to resume), ``wandb``. The test split is never opened here. ``--conf-file`` takes
 experiments from ``train/experiments``.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,46 +123,71 @@ class ValScore(BaseCallback):
         self.alone = [window_rewards(planner, task) for task in tasks]
         self.alone_score = mean_of(self.alone)
         self.curve: list[list[float]] = []
-        self.best, self.scored_at, self.started_at = -np.inf, 0, 0
-        self.start = time.monotonic()
+        self.best = -np.inf
+        self.start, self.start_windows, self.start_s = time.monotonic(), 0, 0.0
 
     @property
     def n_windows(self) -> int:
         """Windows replayed so far, of all copies."""
         return windows_of(self.model, self.model.num_timesteps)
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of training and scoring so far, those before a checkpoint included."""
+        return self.start_s + time.monotonic() - self.start
+
+    @property
+    def is_due(self) -> bool:
+        """Whether nobody has scored the agent as it is now."""
+        return not self.curve or self.n_windows > self.curve[-1][0]
+
+    def _on_training_start(self) -> None:
+        self.start = time.monotonic()
+
     def _on_step(self) -> bool:
         return True
 
-    def _on_rollout_end(self) -> None:
-        if self.n_windows - self.scored_at >= self.args.eval_every:
+    def _on_rollout_start(self) -> None:
+        if not self.curve or self.n_windows - self.curve[-1][0] >= self.args.eval_every:
             self.score()
 
     def score(self) -> None:
-        """Write the present agent, score it on val, and keep it as the best if it is."""
-        self.scored_at = self.n_windows
+        """Write the present agent, score it on val, and keep it as the best if it is.
+
+        The card of the best has the whole curve: windows trained on, seconds and reward on val of
+        every score so far, those after it included.
+        """
+        seconds = self.seconds
         save_agent(agent_of(self.model, self.card), self.out / "last")
         rewards = [window_rewards(LayerAgent(str(self.out / "last")), t) for t in self.tasks]
         scores = {**scores_of(rewards, self.alone), "n_windows_trained": self.n_windows}
         score = scores["reward"]
-        self.curve.append([self.n_windows, round(time.monotonic() - self.start, 1), score])
+        self.curve.append([self.n_windows, round(seconds, 1), score])
         if score > self.best:
             self.best = score
             note = "chosen as the best of this run on val, so the score is optimistic"
-            card = {**self.card, "scores": {**scores, "note": note}, "curve": self.curve}
-            save_agent(agent_of(self.model, card), self.out / "best")
+            best = agent_of(self.model, {**self.card, "scores": {**scores, "note": note}})
+        else:
+            best = load_agent(self.out / "best")
+        save_agent(replace(best, card={**best.card, "curve": self.curve}), self.out / "best")
         self.checkpoint()
         self.logger.record("val/reward", score)
         self.logger.record("val/best", self.best)
         self.logger.record("val/gain", scores["gain"])
-        done = self.n_windows - self.started_at
-        seconds = time.monotonic() - self.start
-        left = max(self.args.n_windows - self.n_windows, 0) * seconds / max(done, 1)
+        self.logger.record("val/alone", self.alone_score)
+        self.logger.dump(self.model.num_timesteps)
         print(
-            f"{self.n_windows:7d}/{self.args.n_windows} windows  {seconds:4.0f} s, {left:4.0f} s "
-            f"left  val {score:.4f} (best {self.best:.4f}, alone {self.alone_score:.4f})",
+            f"{self.n_windows:7d}/{self.args.n_windows} windows  {self.seconds:4.0f} s{self.left()}"
+            f"  val {score:.4f} (best {self.best:.4f}, alone {self.alone_score:.4f})",
             flush=True,
         )
+
+    def left(self) -> str:
+        """Seconds to go as a part of the progress line; nothing where the pace is unknown."""
+        done, to_go = self.n_windows - self.start_windows, self.args.n_windows - self.n_windows
+        if not done:
+            return ""
+        return f", {max(to_go, 0) * (time.monotonic() - self.start) / done:4.0f} s left"
 
     def checkpoint(self) -> None:
         """Everything needed to go on; the file appears whole or not at all."""
@@ -170,7 +195,7 @@ class ValScore(BaseCallback):
         state = {
             "parameters": self.model.get_parameters(),
             "num_timesteps": self.model.num_timesteps,
-            "best": self.best,
+            "curve": self.curve,
         }
         torch.save(state, part)
         part.replace(self.out / "checkpoint")
@@ -180,8 +205,9 @@ class ValScore(BaseCallback):
         state = torch.load(self.out / "checkpoint", weights_only=True)
         model.set_parameters(state["parameters"])
         model.num_timesteps = state["num_timesteps"]
-        self.best = state["best"]
-        self.started_at = self.scored_at = windows_of(model, model.num_timesteps)
+        self.curve = state["curve"]
+        self.best = load_agent(self.out / "best").card["scores"]["reward"]
+        self.start_windows, self.start_s = windows_of(model, model.num_timesteps), self.curve[-1][1]
 
 
 def windows_of(model: BaseAlgorithm, steps: int) -> int:
@@ -286,7 +312,8 @@ def train(args: Args) -> Path:
         except KeyboardInterrupt:
             print(f"stopped after {scoring.n_windows} windows; go on with --resume")
         scoring.model = model
-        scoring.score()
+        if scoring.is_due:
+            scoring.score()
         run.summary.update({"val/best": scoring.best, "val/alone": scoring.alone_score})
     print(
         f"best on val {scoring.best:.4f}, planner alone {scoring.alone_score:.4f}: {out / 'best'}"

@@ -1,0 +1,167 @@
+"""What a training run leaves behind: the whole curve in the best agent's card, whatever happens."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ndp_gym.agent_file import load_agent
+from train.ppo import Args, ValScore, train
+from train.results import pictures
+
+TINY: dict[str, Any] = {
+    "n_windows": 128, "eval_every": 64, "n_lanes": 4, "n_steps": 8, "minibatch": 64, "hidden": 8,
+    "wandb": "disabled",
+}  # fmt: skip
+ALONE = 0.5
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Rewards that agents get on val, in turn; the planner gets `ALONE`. Nothing is fitted."""
+    rewards: list[float] = []
+
+    def given(policy: object, task: object) -> NDArray[np.float64]:
+        is_agent = type(policy).__name__ == "LayerAgent"
+        return np.full(4, rewards.pop(0) if is_agent else ALONE)
+
+    monkeypatch.setattr("train.ppo.window_rewards", given)
+    monkeypatch.setattr("train.ppo.fit_weights", lambda *args: None)
+    return rewards
+
+
+def card_of(folder: Path) -> dict[str, Any]:
+    card: dict[str, Any] = json.loads((folder / "best.json").read_text())
+    return card
+
+
+def points(card: dict[str, Any]) -> list[tuple[int, float]]:
+    return [(windows, reward) for windows, _, reward in card["curve"]]
+
+
+def test_the_best_keeps_its_weights_and_the_whole_curve(
+    tmp_path: Path, scripted: list[float]
+) -> None:
+    scripted += [0.4, 0.7, 0.6]
+    best = train(Args(out=str(tmp_path), **TINY)).read_bytes()
+    card = card_of(tmp_path)
+    assert points(card) == [(0, 0.4), (64, 0.7), (128, 0.6)]
+    assert card["scores"]["n_windows_trained"] == 64
+    assert (card["scores"]["reward"], card["scores"]["reward_alone"]) == (0.7, ALONE)
+    assert best != (tmp_path / "last.safetensors").read_bytes()
+
+    scripted += [0.65, 0.55]
+    train(Args(out=str(tmp_path), **{**TINY, "n_windows": 256, "resume": True}))
+    card = card_of(tmp_path)
+    assert points(card) == [(0, 0.4), (64, 0.7), (128, 0.6), (192, 0.65), (256, 0.55)]
+    assert card["scores"]["reward"] == 0.7
+    assert (tmp_path / "best.safetensors").read_bytes() == best
+    seconds = [s for _, s, _ in card["curve"]]
+    assert seconds == sorted(seconds)
+
+
+def test_the_first_point_is_the_start_itself(tmp_path: Path, scripted: list[float]) -> None:
+    scripted += [0.9, 0.1]
+    first = train(Args(out=str(tmp_path / "a"), **{**TINY, "n_windows": 32}))
+    start = load_agent(first)
+    assert start.card["scores"]["n_windows_trained"] == 0
+    scripted += [0.2, 0.3]
+    options = {**TINY, "n_windows": 32, "init": str(first)}
+    train(Args(out=str(tmp_path / "b"), **options))
+    card = card_of(tmp_path / "b")
+    assert points(card) == [(0, 0.2), (32, 0.3)]
+    scripted += [0.2]
+    train(Args(out=str(tmp_path / "c"), **{**options, "n_windows": 0}))
+    for (weight, bias), (mine, my_bias) in zip(
+        start.layers, load_agent(tmp_path / "c/best").layers, strict=True
+    ):
+        np.testing.assert_array_equal(weight, mine)
+        np.testing.assert_array_equal(bias, my_bias)
+
+
+def test_a_killed_run_leaves_its_best_and_resumes(
+    tmp_path: Path, scripted: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: ValScore) -> bool:
+        if self.n_windows > 96:
+            raise RuntimeError("killed")
+        return True
+
+    scripted += [0.4, 0.7]
+    with monkeypatch.context() as patch:
+        patch.setattr(ValScore, "_on_step", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(Args(out=str(tmp_path), **TINY))
+    assert load_agent(tmp_path / "best").card["scores"]["reward"] == 0.7
+    assert points(card_of(tmp_path)) == [(0, 0.4), (64, 0.7)]
+    scripted += [0.6]
+    train(Args(out=str(tmp_path), **{**TINY, "resume": True}))
+    assert points(card_of(tmp_path)) == [(0, 0.4), (64, 0.7), (128, 0.6)]
+    assert load_agent(tmp_path / "best").card["scores"]["reward"] == 0.7
+
+
+def test_nothing_is_scored_twice(tmp_path: Path, scripted: list[float]) -> None:
+    scripted += [0.4, 0.7, 0.6]
+    train(Args(out=str(tmp_path), **TINY))
+    train(Args(out=str(tmp_path), **{**TINY, "resume": True}))  # nothing is left to do
+    assert points(card_of(tmp_path)) == [(0, 0.4), (64, 0.7), (128, 0.6)]
+    assert scripted == []
+
+
+OLD = {"curve": [[4096, 9.0, 0.6], [8192, 18.0, 0.8]],
+       "scores": {"reward_alone": 0.5, "n_windows_trained": 8192}}  # fmt: skip
+WHOLE = {"curve": [[0, 0.1, 0.4], [4096, 9.0, 0.7], [8192, 18.0, 0.6]],
+         "scores": {"reward_alone": 0.5, "n_windows_trained": 4096}}  # fmt: skip
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Draws learning curves of cards, and shows its axes and labels."""
+
+    def files(name: str) -> Sequence[Path]:
+        return sorted(tmp_path.glob(f"{name}_*.json"))
+
+    shown: dict[str, Any] = {}
+
+    def keep(figure: Any) -> bytes:
+        shown["axes"] = figure.axes[0]
+        return b""
+
+    monkeypatch.setattr(pictures, "agent_files", files)
+    monkeypatch.setattr(pictures, "svg", keep)
+    return shown
+
+
+def lines_of(axes: Any) -> list[list[tuple[float, float]]]:
+    """Points of every line that is no marker alone, the zero line left out."""
+    return [
+        [(round(x, 3), round(y, 3)) for x, y in line.get_xydata()]
+        for line in axes.lines[:-1]
+        if line.get_linestyle() == "-"
+    ]
+
+
+def test_whole_curves_are_drawn_whole_and_their_best_is_marked(
+    tmp_path: Path, drawn: dict[str, Any]
+) -> None:
+    (tmp_path / "rand_0.json").write_text(json.dumps(WHOLE))
+    pictures.learning_curves(["rand"])
+    assert lines_of(drawn["axes"]) == [[(0, -0.1), (4.096, 0.2), (8.192, 0.1)]]
+    (mark,) = (line for line in drawn["axes"].lines if line.get_markersize() == 7)
+    np.testing.assert_allclose(mark.get_xydata(), [(4.096, 0.2)])
+    assert drawn["axes"].get_xlabel().endswith("large dot: the best on val")
+
+
+def test_among_older_curves_all_end_at_their_best(tmp_path: Path, drawn: dict[str, Any]) -> None:
+    (tmp_path / "rand_0.json").write_text(json.dumps(WHOLE))
+    (tmp_path / "hidden_0.json").write_text(json.dumps(OLD))
+    pictures.learning_curves(["rand", "hidden"])
+    assert lines_of(drawn["axes"]) == [
+        [(0, -0.1), (4.096, 0.2)],
+        [(4.096, 0.1), (8.192, 0.3)],
+    ]
+    assert drawn["axes"].get_xlabel().endswith("up to the best on val")
