@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ndp_gym.cost import CostTable
-from ndp_gym.fillings import Fillings, Prices, Window, packed
+from ndp_gym.fillings import Fillings
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -18,62 +20,50 @@ FAR_SHARES = (1.0, 0.5, 0.2, 0.05, 0.0)
 """Shares of the far device in a layer's time that are tried when its widths are bought."""
 
 
+@cache
+def _compiled() -> tuple[ModuleType, ModuleType]:
+    """The modules that bring numba: `ndp_gym.allocation_loops` and `ndp_gym.filling_loops`."""
+    return import_module("ndp_gym.allocation_loops"), import_module("ndp_gym.filling_loops")
+
+
 def within_budget(options: Fillings, budget_bytes: float) -> tuple[IntArray, float]:
     """The best filling per layer under the smallest byte price that keeps the budget.
 
     Returns:
         [L] flat indices into (C, E + 1), and the price.
     """
-    loops = import_module("ndp_gym.allocation_loops")  # numba comes with it
-    n_layers = len(options.objective)
-    objective = options.objective.reshape(n_layers, -1)
-    n_bytes = options.n_bytes.reshape(n_layers, -1)
-    chosen, price = loops.within_budget(objective, n_bytes, float(budget_bytes))
+    loops, _ = _compiled()
+    chosen, price = loops.within_budget(*_ways(options), float(budget_bytes))
     return chosen, price
 
 
 def within_rations(options: Fillings, rations: FloatArray, budget_bytes: float) -> IntArray:
     """[L] the best filling of each layer within its bytes; what one leaves goes to the next."""
-    n_layers = len(rations)
-    objective = options.objective.reshape(n_layers, -1)
-    n_bytes = options.n_bytes.reshape(n_layers, -1)
-    left = budget_bytes - float(rations.sum())
-    chosen = np.empty(n_layers, np.int64)
-    for layer in range(n_layers):
-        room = rations[layer] + left
-        chosen[layer] = np.where(n_bytes[layer] <= room, objective[layer], np.inf).argmin()
-        left = room - n_bytes[layer, chosen[layer]]
+    loops, _ = _compiled()
+    chosen: IntArray = loops.within_rations(*_ways(options), rations, float(budget_bytes))
     return chosen
 
 
-def far_widths(
-    window: Window, prices: Prices, options: Fillings, chosen: IntArray
-) -> tuple[FloatArray, IntArray]:
+def _ways(options: Fillings) -> tuple[FloatArray, FloatArray]:
+    """[L, C * (E + 1)] objective and bytes."""
+    flat = len(options.objective), -1
+    return options.objective.reshape(flat), options.n_bytes.reshape(flat)
+
+
+def far_widths(options: Fillings, chosen: IntArray) -> tuple[FloatArray, IntArray]:
     """Widths outside HBM, given what is in it: wider where the GPU is the slower side anyway.
 
     Returns:
         [L] the far device's share in the layer's time under which widths were bought, and [L, E]
         width indices.
     """
-    loops = import_module("ndp_gym.filling_loops")  # numba comes with it
-    items = options.items
-    shares = FAR_SHARES if window.in_place else FAR_SHARES[:1]
+    _, loops = _compiled()
+    items, given = options.items, options.packed
+    shares = FAR_SHARES if given.constants[loops.OVERLAP] >= 0 else FAR_SHARES[:1]
     share, index = loops.buy_far(
-        *packed(window, prices), np.array(shares), chosen, options.gpu_s, items.ranking,
-        items.hbm_index,
-    )  # fmt: skip
+        *given, np.array(shares), chosen, options.gpu_s, items.ranking, items.hbm_index
+    )
     return share, index
-
-
-def _hot(options: Fillings, chosen: IntArray) -> tuple[IntArray, NDArray[np.bool_]]:
-    """[L] chosen rankings, and [L, E] whether the expert is in HBM."""
-    n_counts = options.objective.shape[-1]
-    ranking, count = chosen // n_counts, chosen % n_counts
-    rows = np.arange(len(chosen))
-    order = options.items.ranking[ranking, rows]
-    is_hot = np.empty(order.shape, dtype=np.bool_)
-    is_hot[rows[:, None], order] = np.arange(n_counts - 1) < count[:, None]
-    return ranking, is_hot
 
 
 def keep_or_change(
@@ -99,13 +89,8 @@ class Target(NamedTuple):
 
 def target_of(table: CostTable, options: Fillings, chosen: IntArray) -> Target:
     """The chosen fillings as widths and values per byte."""
-    items, rows = options.items, np.arange(len(chosen))
-    ranking, is_hot = _hot(options, chosen)
-    return Target(
-        bits=np.where(is_hot, table.bits[items.hbm_index[ranking, rows]], 0),
-        value=items.gain[ranking, rows] / items.n_bytes[ranking, rows],
-        present_value=items.gain[-1] / items.n_bytes[-1],
-    )
+    _, loops = _compiled()
+    return Target(*loops.target(chosen, table.bits, *options.items))
 
 
 def stage(
@@ -116,7 +101,7 @@ def stage(
     ``transition`` demotes at once and promotes as the link allows: whatever is demoted for a
     promotion that cannot arrive yet is lost for nothing.
     """
-    loops = import_module("ndp_gym.filling_loops")  # numba comes with it
+    _, loops = _compiled()
     bytes_of = np.zeros(len(table.index_of), dtype=np.int64)
     bytes_of[table.bits] = table.weight_bytes
     # A copy longer than the cap still goes: it arrives in a later window.

@@ -57,6 +57,23 @@ def within_budget(objective, n_bytes, budget_bytes):  # type: ignore[no-untyped-
     return chosen, high
 
 
+@njit(**_LOOP)
+def within_rations(objective, n_bytes, rations, budget_bytes):  # type: ignore[no-untyped-def]
+    """[L] columns, see `ndp_gym.allocation.within_rations`."""
+    n_layers, n_ways = objective.shape
+    used = 0.0  # sums of whole numbers are exact
+    for layer in range(n_layers):
+        used += rations[layer]
+    left, chosen = budget_bytes - used, np.zeros(n_layers, np.int64)
+    for layer in range(n_layers):
+        room, least = rations[layer] + left, np.inf
+        for way in range(n_ways):
+            if n_bytes[layer, way] <= room and objective[layer, way] < least:
+                least, chosen[layer] = objective[layer, way], way
+        left = room - n_bytes[layer, chosen[layer]]
+    return chosen
+
+
 @njit(**_INNER)
 def _choose(chosen, price, objective, n_bytes, left, n_left, fits, exceeds):  # type: ignore[no-untyped-def]
     """Fill ``chosen`` with the best of the columns ``left``, dropping those of bytes out of range.

@@ -14,8 +14,8 @@ from numba import njit
 
 SECOND, COPY_SECOND, FAR_SHARE, GPU_FACTOR, FAR_FACTOR = range(5)
 """Rows of ``rates`` [5, L]: prices and factors of each layer."""
-BYTES, GPU_WEIGHT_S, LAUNCH_S, COPY_S = range(4)
-"""Rows of ``widths`` [4, NB]: the nominal costs of a copy."""
+BYTES, GPU_WEIGHT_S, LAUNCH_S, COPY_S, FAR_WEIGHT_S, FAR_TOKEN_S = range(6)
+"""Rows of ``widths`` [6, NB]: the nominal costs of a copy."""
 TOKEN_S, FLOOR_S, LATENCY_S, ACTIVATION_S, OVERLAP, N_TOKENS, TOP_K = range(7)
 """Entries of ``constants`` [7]; ``OVERLAP`` is -1 where the far device does not compute."""
 OBJECTIVE, SECONDS, GPU_S, N_BYTES = range(4)
@@ -206,6 +206,36 @@ def _prefixes(sums, idle, order, sheet, far_sheet, launch_s, width, token_s):  #
 
 
 @njit(**_LOOP)
+def far_seconds(load, active, widths, least_tokens, in_place, seconds):  # type: ignore[no-untyped-def]
+    """Fill ``seconds`` [L, E, NB], see `ndp_gym.fillings.far_seconds`."""
+    n_layers, n_experts, nb = seconds.shape
+    for layer in range(n_layers):
+        for e in range(n_experts):
+            chance = active[layer, e]
+            tokens = max(load[layer, e] / max(chance, 1e-12), least_tokens)
+            for b in range(nb):
+                if in_place:
+                    each_s = max(widths[FAR_WEIGHT_S, b], tokens * widths[FAR_TOKEN_S, b])
+                else:
+                    each_s = widths[COPY_S, b] + widths[GPU_WEIGHT_S, b]
+                seconds[layer, e, b] = chance * each_s
+
+
+@njit(**_LOOP)
+def losses(loss, energy, guard, remake, planned, bits, lost):  # type: ignore[no-untyped-def]
+    """Fill ``lost`` [L, E, NB]: the expert's share of ``loss``, its ``guard``, and making copies.
+
+    ``remake`` [NB] is the price of another width of ``bits`` than the ``planned`` one.
+    """
+    n_layers, n_experts, nb = lost.shape
+    for layer in range(n_layers):
+        for e in range(n_experts):
+            for b in range(nb):
+                value = loss[layer, e, b] * energy[layer, e] + guard[layer, e, b]
+                lost[layer, e, b] = value + (remake[b] if planned[layer, e] != bits[b] else 0.0)
+
+
+@njit(**_LOOP)
 def fill(rates, byte, load, active, widths, constants, far_s, lost, held, costs, choices, values):  # type: ignore[no-untyped-def]
     """Fill ``costs``, ``choices`` and ``values``: every prefix of every ranking of every layer.
 
@@ -319,6 +349,28 @@ def buy_far(  # type: ignore[no-untyped-def]
         for e in range(n_experts):
             best[layer, e] = found[at, e]
     return best_share, best
+
+
+@njit(**_LOOP)
+def target(chosen, bits_of, n_bytes, index, gain, ranking):  # type: ignore[no-untyped-def]
+    """[L, E] bits, value and value of copies present, see `ndp_gym.allocation.Target`.
+
+    ``chosen`` [L] are flat indices into (C, E + 1), ``bits_of`` the widths by index; the others are
+    `ndp_gym.fillings.Items`.
+    """
+    n_rankings, n_layers, n_experts = gain.shape
+    bits = np.zeros((n_layers, n_experts), np.int64)
+    value, present_value = np.empty(bits.shape), np.empty(bits.shape)
+    for layer in range(n_layers):
+        c, count = chosen[layer] // (n_experts + 1), chosen[layer] % (n_experts + 1)
+        for k in range(count):
+            e = ranking[c, layer, k]
+            bits[layer, e] = bits_of[index[c, layer, e]]
+        for e in range(n_experts):
+            value[layer, e] = gain[c, layer, e] / n_bytes[c, layer, e]
+            held = n_rankings - 1
+            present_value[layer, e] = gain[held, layer, e] / n_bytes[held, layer, e]
+    return bits, value, present_value
 
 
 @njit(**_LOOP)

@@ -8,7 +8,9 @@ active experts are independent, and E max(G, N) uses the variance of G - N.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +83,18 @@ class Items(NamedTuple):
     ranking: IntArray
 
 
+class Packed(NamedTuple):
+    """A window and its prices as the loops read them, see `ndp_gym.filling_loops`."""
+
+    rates: FloatArray
+    load: FloatArray
+    active: FloatArray
+    widths: FloatArray
+    constants: FloatArray
+    far_s: FloatArray
+    lost: FloatArray
+
+
 class Fillings(NamedTuple):
     """Cost of every prefix; [L, C, E + 1], the last axis is the number of experts in HBM.
 
@@ -93,6 +107,13 @@ class Fillings(NamedTuple):
     gpu_s: FloatArray
     n_bytes: FloatArray
     items: Items
+    packed: Packed
+
+
+@cache
+def _compiled() -> ModuleType:
+    """The module that brings numba."""
+    return import_module("ndp_gym.filling_loops")
 
 
 def fillings(window: Window, prices: Prices) -> Fillings:
@@ -101,13 +122,14 @@ def fillings(window: Window, prices: Prices) -> Fillings:
     Raises:
         ValueError: an array of ``prices`` is not of one entry per layer.
     """
-    loops = import_module("ndp_gym.filling_loops")  # numba comes with it
+    loops = _compiled()
     n_layers, n_experts, nb = window.lost.shape
     costs = np.empty((4, n_layers, nb + 2, n_experts + 1))
     choices = np.empty((2, nb + 2, n_layers, n_experts), dtype=np.int64)
     values = np.empty((2, nb + 2, n_layers, n_experts))
-    rates, *rest = packed(window, prices)
-    held = np.ascontiguousarray(window.table.index_of[window.present])
+    packed = _packed(window, prices)
+    rates, *rest = packed
+    held = window.table.index_of[window.present]
     loops.fill(rates, float(prices.byte), *rest, held, costs, choices, values)
     items = Items(
         n_bytes=values[loops.CHARGED],
@@ -121,17 +143,17 @@ def fillings(window: Window, prices: Prices) -> Fillings:
         gpu_s=costs[loops.GPU_S],
         n_bytes=costs[loops.N_BYTES],
         items=items,
+        packed=packed,
     )
 
 
-def packed(window: Window, prices: Prices) -> tuple[FloatArray, ...]:
-    """What the loops read first: rates, load, active, widths, constants, far_s and lost."""
+def _packed(window: Window, prices: Prices) -> Packed:
     table, expected = window.table, window.expected
     rates = np.empty((len(_RATES), len(window.lost)))
     for row, name in zip(rates, _RATES, strict=True):
-        value = np.asarray(getattr(prices, name), dtype=np.float64)
-        if value.shape not in ((), row.shape):
-            raise ValueError(f"{name} must be one number or [{row.size}], not {value.shape}")
+        value = getattr(prices, name)
+        if np.shape(value) not in ((), row.shape):
+            raise ValueError(f"{name} must be one number or [{row.size}], not {np.shape(value)}")
         row[:] = value
     constants = np.array(
         [
@@ -144,19 +166,56 @@ def packed(window: Window, prices: Prices) -> tuple[FloatArray, ...]:
             expected.top_k,
         ]
     )
-    widths = np.array([table.weight_bytes, table.gpu_weight_s, table.gpu_launch_s, table.copy_s])
-    given = (expected.load, expected.active), (window.far_s, window.lost)
-    (load, active), (far_s, lost) = ([np.ascontiguousarray(a) for a in pair] for pair in given)
-    return rates, load, active, widths, constants, far_s, lost
+    return Packed(
+        rates,
+        np.ascontiguousarray(expected.load),
+        np.ascontiguousarray(expected.active),
+        _widths(table),
+        constants,
+        window.far_s,
+        window.lost,
+    )
+
+
+def _widths(table: CostTable) -> FloatArray:
+    return np.array([
+        table.weight_bytes, table.gpu_weight_s, table.gpu_launch_s, table.copy_s,
+        table.far_weight_s, table.far_token_s,
+    ])  # fmt: skip
 
 
 def far_seconds(table: CostTable, in_place: bool, expected: Forecast) -> FloatArray:
-    """[L, E, NB] expected seconds per step that an expert costs outside HBM."""
-    active = expected.active[..., None]
-    if not in_place:
-        fetched: FloatArray = active * (table.copy_s + table.gpu_weight_s)
-        return fetched
-    tokens = expected.load[..., None] / np.maximum(active, 1e-12)
-    compute = np.maximum(tokens, table.far_min_tokens) * table.far_token_s
-    served: FloatArray = active * np.maximum(table.far_weight_s, compute)
-    return served
+    """[L, E, NB] expected seconds per step that an expert costs outside HBM.
+
+    Where the far device computes, for at least ``far_min_tokens``; else to fetch and read it.
+    """
+    seconds = np.empty((*expected.load.shape, len(table.bits)))
+    _compiled().far_seconds(
+        np.ascontiguousarray(expected.load), np.ascontiguousarray(expected.active), _widths(table),
+        float(table.far_min_tokens), in_place, seconds,
+    )  # fmt: skip
+    return seconds
+
+
+def lost_at(
+    table: CostTable,
+    expected: Forecast,
+    loss: FloatArray,
+    guard: FloatArray,
+    remake: FloatArray,
+    planned: IntArray,
+) -> FloatArray:
+    """[L, E, NB] objective lost by serving an expert at a width.
+
+    Args:
+        table: has the widths.
+        expected: has the experts' shares of gate energy.
+        loss: [L, E, NB] lost if all gate energy of the layer is served by that copy.
+        guard: [L, E, NB] lost whatever the energy.
+        remake: [NB] lost by another width than the ``planned`` [L, E].
+        planned: bits.
+    """
+    lost = np.empty(loss.shape)
+    energy = np.ascontiguousarray(expected.energy)
+    _compiled().losses(loss, energy, guard, remake, planned, table.bits, lost)
+    return lost

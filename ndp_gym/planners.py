@@ -25,7 +25,7 @@ from ndp_gym.allocation import (
     within_rations,
 )
 from ndp_gym.cost import CostTable, cost_table, expert_bytes, requantise_s
-from ndp_gym.fillings import Fillings, Prices, Window, far_seconds, fillings
+from ndp_gym.fillings import Fillings, Prices, Window, far_seconds, fillings, lost_at
 from ndp_gym.forecast import Blend, Forecast
 from ndp_gym.plan import FAR, HBM, Placement, Plan, nearest_width
 from ndp_gym.quality import QualityModel, layer_weights, rel_mse_table
@@ -198,12 +198,11 @@ def balance(
         best = min(answers, key=lambda answer: answer.objective)
     if nudges is not None:
         best = _nudged(facts, copies, budget_bytes, best, nudges)
-    table, window, options = facts.table, best.window, best.options
-    present = window.present
+    table, options, present = facts.table, best.options, copies.present
     chosen = keep_or_change(options, best.chosen, present, budget_bytes, knobs.min_gain)
     far_index = best.far_index
     if chosen is not best.chosen:
-        _, far_index = far_widths(window, best.prices, options, chosen)
+        _, far_index = far_widths(options, chosen)
     target = target_of(table, options, chosen)
     if copies.planned.any():
         can_arrive = knobs.migration_cap * facts.window * best.guess.step_s * table.link_bytes_per_s
@@ -217,7 +216,6 @@ class _Answer(NamedTuple):
     """One round of the search and what it found."""
 
     objective: float
-    window: Window
     prices: Prices
     options: Fillings
     chosen: IntArray
@@ -244,18 +242,14 @@ def _search(
         gpu_factor=knobs.gpu_factor,
         far_factor=knobs.far_factor,
     )
-    lost = facts.loss * expected.energy[..., None] + facts.guard + _remake(facts, copies, second)
-    far_s = far_seconds(facts.table, facts.in_place, expected)
-    window = Window(facts.table, facts.in_place, expected, far_s, lost, copies.present)
-    options = fillings(window, prices)
+    options = fillings(_window(facts, expected, copies, second), prices)
     chosen, byte_price = within_budget(options, budget_bytes)
     layers_s = float(at(options.seconds, chosen).sum())
     step_s = _outside_s(facts.table, expected) + layers_s
-    far_share, far_index = far_widths(window, prices, options, chosen)
+    far_share, far_index = far_widths(options, chosen)
     rest = float(at(options.objective, chosen).sum()) - second * layers_s
     return _Answer(
         objective=knobs.price * float(np.log(step_s)) + rest,
-        window=window,
         prices=prices,
         options=options,
         chosen=chosen,
@@ -274,17 +268,12 @@ def _nudged(
         copy_second=found.copy_second * nudges.price * nudges.hysteresis,
         far_factor=found.far_factor * nudges.far_factor,
     )
-    lost = facts.loss * nudges.expected.energy[..., None] + facts.guard
-    lost = lost + _remake(facts, copies, float(np.mean(found.second)))
-    far_s = far_seconds(facts.table, facts.in_place, nudges.expected)
-    window = answer.window._replace(expected=nudges.expected, far_s=far_s, lost=lost)
+    window = _window(facts, nudges.expected, copies, float(np.mean(found.second)))
     options = fillings(window, prices)
     rations = at(answer.options.n_bytes, answer.chosen)
     chosen = within_rations(options, rations, budget_bytes)
-    _, far_index = far_widths(window, prices, options, chosen)
-    return answer._replace(
-        window=window, prices=prices, options=options, chosen=chosen, far_index=far_index
-    )
+    _, far_index = far_widths(options, chosen)
+    return answer._replace(prices=prices, options=options, chosen=chosen, far_index=far_index)
 
 
 def hot_plan(
@@ -316,13 +305,13 @@ def hot_plan(
     return Plan(placement=placement, migration_order=values)
 
 
-def _remake(facts: Facts, copies: Copies, second: float) -> FloatArray:
-    """[L, E, NB] price of requantising to a width that is not the planned one (0 with replicas)."""
-    if not facts.requantise_s.any():
-        return facts.requantise_s
-    changes = (copies.planned[..., None] != facts.table.bits) & copies.planned.any()
-    priced: FloatArray = changes * (second * facts.requantise_s / facts.window)
-    return priced
+def _window(facts: Facts, expected: Forecast, copies: Copies, second: float) -> Window:
+    """What is expected of the coming window; ``second`` prices making copies (0 with replicas)."""
+    table, in_place = facts.table, facts.in_place
+    remake = second * facts.requantise_s / facts.window * copies.planned.any()
+    lost = lost_at(table, expected, facts.loss, facts.guard, remake, copies.planned)
+    far_s = far_seconds(table, in_place, expected)
+    return Window(table, in_place, expected, far_s, lost, copies.present)
 
 
 def _outside_s(table: CostTable, expected: Forecast) -> float:

@@ -199,7 +199,7 @@ def test_far_widths_are_those_of_the_share_under_which_the_layer_is_best(system,
     n_rankings, n_counts = found.objective.shape[1:]
     rng = np.random.default_rng(seed)
     chosen = rng.integers(n_rankings * n_counts, size=MODEL.n_layers)
-    share, widths = far_widths(window, prices, found, chosen)
+    share, widths = far_widths(found, chosen)
     for layer in range(MODEL.n_layers):
         twin = LayerTwin(window, prices, layer)
         c, count = divmod(int(chosen[layer]), n_counts)
