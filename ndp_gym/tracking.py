@@ -7,6 +7,7 @@ with ``wandb sync DIR``.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,9 @@ from ndp_gym.results import EvaluationResult, Row
 if TYPE_CHECKING:
     from wandb import Run, Settings
 
-__all__ = ["MODES", "Mode", "track_evaluation", "tracked_run"]
+    from ndp_gym.trace import RoutingTrace
+
+__all__ = ["MODES", "Mode", "log_agent", "log_trace", "track_evaluation", "tracked_run"]
 
 Mode = Literal["offline", "online", "disabled"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -124,6 +127,45 @@ def track_evaluation(
             run.log(media)
         run.summary.update(_summary(result))
         return None if mode == "disabled" else Path(run.dir).parent
+
+
+def log_agent(run: Run, weights: Path, scores: Mapping[str, Any]) -> None:
+    """Log the agent whose ``weights`` have their card beside them, as an artifact with ``scores``.
+
+    An offline run copies both files into its folder, for ``wandb sync``.
+
+    Raises:
+        ValueError: a file is missing.
+    """
+    import wandb
+
+    artifact = wandb.Artifact("layer-agents", type="model", metadata=dict(scores))
+    for file in (weights, weights.with_suffix(".json")):
+        artifact.add_file(os.fspath(file), skip_cache=True)
+    run.log_artifact(artifact)
+
+
+def log_trace(run: Run, trace: RoutingTrace) -> None:
+    """Log which recording a run used, as an artifact without files.
+
+    Its metadata name the recording and prove which one it was: file name, size, sha256, model,
+    source and licence. No recording is ever uploaded, the bundled one included: most are the work
+    of others, and whoever has the file can compare its sha256.
+    """
+    import wandb
+
+    stem = "memory" if trace.path is None else trace.path.stem
+    metadata = {
+        "name": trace.metadata.model if trace.path is None else trace.path.name,
+        "sha256": trace.sha256,
+        "size_bytes": None if trace.path is None else trace.path.stat().st_size,
+        "n_rows": trace.n_rows,
+        "model": trace.metadata.model,
+        "source": trace.metadata.source,
+        "licence": trace.metadata.licence,
+    }
+    name = f"trace-{re.sub('[^A-Za-z0-9_.-]', '-', stem)[:64]}-{trace.sha256[:12]}"
+    run.log_artifact(wandb.Artifact(name, type="trace", metadata=metadata))
 
 
 def _metrics(row: Row) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 from ndp_gym.report import write_png
-from ndp_gym.tracking import track_evaluation, tracked_run
+from ndp_gym.trace import RoutingTrace
+from ndp_gym.tracking import log_agent, log_trace, track_evaluation, tracked_run
+from tests.conftest import make_trace
 from tests.sample_results import sample_result
 from tests.wandb_reader import payloads, read_run
 
@@ -90,6 +93,38 @@ def test_a_run_whose_block_raises_is_marked_failed(tmp_path: Path) -> None:
     logged = read_run(tmp_path)
     assert logged.config["seed"] == 3
     assert logged.exit_code == 1
+
+
+def test_an_agent_is_logged_with_its_files_and_scores(tmp_path: Path) -> None:
+    for name in ("best.safetensors", "best.json"):
+        (tmp_path / name).write_text(name)
+    with tracked_run({}, output_dir=tmp_path / "out", settings=settings()) as run:
+        log_agent(run, tmp_path / "best.safetensors", {"split": "val", "reward": 0.5})
+        for name in ("best.safetensors", "best.json"):
+            (tmp_path / name).write_text("written over since")
+    (logged,) = read_run(tmp_path / "out").artifacts
+    assert (logged.type, logged.metadata) == ("model", {"split": "val", "reward": 0.5})
+    copies = {name: copy.read_text() for name, copy in logged.files.items()}
+    assert copies == {"best.safetensors": "best.safetensors", "best.json": "best.json"}
+    assert all(copy.is_relative_to(tmp_path / "out") for copy in logged.files.values())
+
+
+def test_recordings_are_named_and_never_uploaded(tmp_path: Path) -> None:
+    in_memory = make_trace(n_layers=2, n_experts=4)
+    path = tmp_path / "long: name.safetensors"
+    in_memory.save(path)
+    with tracked_run({}, output_dir=tmp_path / "out", settings=settings()) as run:
+        log_trace(run, RoutingTrace.open(path))
+        log_trace(run, in_memory)
+    logged, other = read_run(tmp_path / "out").artifacts
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (logged.type, logged.name) == ("trace", f"trace-long--name-{digest[:12]}")
+    assert logged.metadata["sha256"] == digest
+    assert logged.metadata["name"] == path.name
+    assert logged.metadata["size_bytes"] == path.stat().st_size
+    assert logged.files == other.files == {}
+    assert other.metadata["size_bytes"] is None
+    assert other.name.startswith("trace-memory-")
 
 
 def test_unknown_mode_is_named(tmp_path: Path) -> None:

@@ -17,12 +17,23 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 @dataclass
+class LoggedArtifact:
+    """What an artifact is; ``files`` maps their names to the copies that wait for an upload."""
+
+    type: str
+    name: str
+    metadata: dict[str, Any]
+    files: dict[str, Path]
+
+
+@dataclass
 class LoggedRun:
     """What a run logged; ``exit_code`` is None where it never finished."""
 
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    artifacts: list[LoggedArtifact] = field(default_factory=list)
     exit_code: int | None = None
 
 
@@ -73,9 +84,16 @@ def _read(path: Path) -> LoggedRun:
             run.history.append(_items(record.history.item))
         elif kind == "summary":
             run.summary.update(_items(record.summary.update))
+        elif kind == "artifact":
+            run.artifacts.append(_artifact(record.artifact))
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
     return run
+
+
+def _artifact(record: Any) -> LoggedArtifact:
+    files = {entry.path: Path(entry.local_path) for entry in record.manifest.contents}
+    return LoggedArtifact(record.type, record.name, json.loads(record.metadata or "{}"), files)
 
 
 def _items(items: Any) -> dict[str, Any]:
