@@ -12,14 +12,16 @@ if TYPE_CHECKING:
 __all__ = ["panels", "svg"]
 
 
-def panels(size: tuple[float, float], n_panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of ``size`` inches with panels in a row; needs no display."""
+def panels(
+    size: tuple[float, float], n_panels: int = 1, n_rows: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """A figure of ``size`` inches with panels, so many per row, row by row; needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, n_panels, squeeze=False)[0])
+    return figure, list(figure.subplots(n_rows, n_panels, squeeze=False).flat)
 
 
 def svg(figure: Figure) -> bytes:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from ndp_gym.agent_file import load_agent
+from policies.agent import LayerAgent
 from train.ppo import Args, ValScore, train
 from train.results import pictures
+from train.tracking import Placed, Scored
 
 TINY: dict[str, Any] = {
     "n_windows": 128, "eval_every": 64, "n_lanes": 4, "n_steps": 8, "minibatch": 64, "hidden": 8,
@@ -22,14 +23,22 @@ ALONE = 0.5
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Rewards that agents get on val, in turn; the planner gets `ALONE`. Nothing is fitted."""
+    """Rewards that agents get on val, in turn; the planner gets `ALONE`. Nothing is fitted.
+
+    Nothing but the curve is for wandb either, since these runs are not tracked.
+    """
     rewards: list[float] = []
 
-    def given(policy: object, task: object) -> NDArray[np.float64]:
-        is_agent = type(policy).__name__ == "LayerAgent"
-        return np.full(4, rewards.pop(0) if is_agent else ALONE)
+    def given(policy: object, tasks: object) -> Scored:
+        reward = rewards.pop(0) if isinstance(policy, LayerAgent) else ALONE
+        return Scored([np.full(4, reward)], [], Placed(np.zeros((2, 3)), np.zeros((2, 3)), 4))
 
-    monkeypatch.setattr("train.ppo.window_rewards", given)
+    def untracked(*args: object, **kwargs: object) -> None:
+        raise AssertionError("drawn or logged for nobody")
+
+    monkeypatch.setattr("train.ppo.scored", given)
+    for name in ("placement_figure", "log_result"):
+        monkeypatch.setattr(f"train.ppo.{name}", untracked)
     monkeypatch.setattr("train.ppo.fit_weights", lambda *args: None)
     return rewards
 
@@ -54,7 +63,7 @@ def test_the_best_keeps_its_weights_and_the_whole_curve(
     assert (card["scores"]["reward"], card["scores"]["reward_alone"]) == (0.7, ALONE)
     assert best != (tmp_path / "last.safetensors").read_bytes()
 
-    scripted += [0.65, 0.55]
+    scripted += [0.7, 0.65, 0.55]  # resuming, the best is scored again
     train(Args(out=str(tmp_path), **{**TINY, "n_windows": 256, "resume": True}))
     card = card_of(tmp_path)
     assert points(card) == [(0, 0.4), (64, 0.7), (128, 0.6), (192, 0.65), (256, 0.55)]
@@ -62,6 +71,7 @@ def test_the_best_keeps_its_weights_and_the_whole_curve(
     assert (tmp_path / "best.safetensors").read_bytes() == best
     seconds = [s for _, s, _ in card["curve"]]
     assert seconds == sorted(seconds)
+    assert not (tmp_path / "wandb").exists()
 
 
 def test_the_first_point_is_the_start_itself(tmp_path: Path, scripted: list[float]) -> None:
@@ -98,15 +108,16 @@ def test_a_killed_run_leaves_its_best_and_resumes(
             train(Args(out=str(tmp_path), **TINY))
     assert load_agent(tmp_path / "best").card["scores"]["reward"] == 0.7
     assert points(card_of(tmp_path)) == [(0, 0.4), (64, 0.7)]
-    scripted += [0.6]
+    scripted += [0.7, 0.6]
     train(Args(out=str(tmp_path), **{**TINY, "resume": True}))
     assert points(card_of(tmp_path)) == [(0, 0.4), (64, 0.7), (128, 0.6)]
     assert load_agent(tmp_path / "best").card["scores"]["reward"] == 0.7
 
 
-def test_nothing_is_scored_twice(tmp_path: Path, scripted: list[float]) -> None:
+def test_a_finished_run_has_nothing_left_to_score(tmp_path: Path, scripted: list[float]) -> None:
     scripted += [0.4, 0.7, 0.6]
     train(Args(out=str(tmp_path), **TINY))
+    scripted += [0.7]
     train(Args(out=str(tmp_path), **{**TINY, "resume": True}))  # nothing is left to do
     assert points(card_of(tmp_path)) == [(0, 0.4), (64, 0.7), (128, 0.6)]
     assert scripted == []

@@ -21,9 +21,11 @@ from ndp_gym.layer_agents import ACTIONS
 from ndp_gym.layer_features import FEATURES
 from ndp_gym.trace import RoutingTrace
 from policies.agent import LayerAgent
+from policies.balance import Balance
 from policies.balance_feedback import BalanceFeedback
+from policies.tuned import read_tuning
 from tests.conftest import make_trace
-from tests.wandb_reader import read_run
+from tests.wandb_reader import LoggedRun, read_run
 from train.options import parse
 from train.ppo import Args, ValScore, train
 from train.setting import Setting, scores_of, val_tasks, window_rewards
@@ -33,6 +35,9 @@ TINY: dict[str, Any] = {
     "n_windows": 128, "eval_every": 64, "n_lanes": 4, "n_steps": 8, "minibatch": 64, "hidden": 8,
     "wandb": "disabled",
 }  # fmt: skip
+
+
+N_LAYERS = 8  # of the bundled recording: agents, and so steps, per window
 
 
 def random_agent(seed: int = 0) -> Agent:
@@ -129,7 +134,8 @@ def test_training_is_tracked_offline(tmp_path: Path) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     options = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items() if k != "wandb"]
     done = subprocess.run(
-        [sys.executable, "-m", "train.ppo", "--out", str(tmp_path), *options],
+        [sys.executable, "-m", "train.ppo", "--out", str(tmp_path), *options,
+         "--base", "balance_feedback_fix"],
         cwd=ROOT, env={**env, "WANDB_ERROR_REPORTING": "false", "HOME": str(tmp_path / "home")},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -138,8 +144,49 @@ def test_training_is_tracked_offline(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert run.exit_code == 0
     assert run.config["training"]["n_windows"] == 128
-    assert {"val/reward", "val/gain", "train/loss"} <= set().union(*run.history)
+    assert json.loads(run.config["env_specs"][0])["kwargs"]["window"] == 16
+    assert {"val/reward", "val/gain", "val/alone", "train/loss"} <= set().union(*run.history)
+    curve = json.loads((tmp_path / "best.json").read_text())["curve"]
+    logged = [(h["global_step"] // N_LAYERS, h["val/reward"]) for h in run.history
+              if "val/reward" in h]  # fmt: skip
+    assert logged == [(windows, reward) for windows, _, reward in curve]
     assert "val/best" in run.summary
+    assert_shown_at_start_and_end(run)
+    assert_compared(run, tmp_path)
+    agent, trace = (next(a for a in run.artifacts if a.type == t) for t in ("model", "trace"))
+    assert agent.metadata["reward"] == run.summary["val/best"]
+    for name, copy in agent.files.items():
+        assert copy.read_bytes() == (tmp_path / name).read_bytes()
+    assert set(agent.files) == {"best.safetensors", "best.json"}
+    assert [trace.metadata["sha256"]] == run.config["trace_sha256"]
+    assert trace.files == {}
+
+
+def assert_shown_at_start_and_end(run: LoggedRun) -> None:
+    shown = [h for h in run.history if h.get("val/placement/_type") == "image-file"]
+    assert [h["global_step"] for h in shown] == [0, 128 * N_LAYERS]
+    assert all(h["val/placement/width"] > 600 for h in shown)
+
+
+def assert_compared(run: LoggedRun, out: Path) -> None:
+    """The table's rewards are those of the curve, and of policies that are run anew."""
+    (path,) = (h["val/policies/path"] for h in run.history if "val/policies/path" in h)
+    (file,) = (p for p in out.rglob(Path(path).name) if "latest-run" not in p.parts)
+    table = json.loads(file.read_text())
+    rows = {row[0]: dict(zip(table["columns"], row, strict=True)) for row in table["data"]}
+    (task,) = val_tasks(Setting(out=""))
+    tuned = BalanceFeedback(**read_tuning("balance_feedback_fix")[1]["constants"])
+    for name, policy in (
+        ("planner alone", tuned),
+        ("balance", Balance()),
+        ("balance_feedback", BalanceFeedback()),
+    ):
+        reward = window_rewards(policy, task).mean()
+        assert rows[name]["reward"] == pytest.approx(reward)
+        assert rows[name]["gain"] == pytest.approx(reward - run.summary["val/alone"])
+    assert rows["agent"]["reward"] == run.summary["val/best"]
+    assert rows["balance"]["tokens_per_s"] > 0
+    assert {"speedup", "delta_nll_nats"} <= set(table["columns"])
 
 
 def test_options_are_the_fields_of_the_arguments() -> None:

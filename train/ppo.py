@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import Figure, Logger
 
 from ndp_gym.agent_file import Agent, load_agent, save_agent
 from ndp_gym.commands.evaluate import parse_budget
 from ndp_gym.layer_env import LayerVecEnv, LayerVecEnvs
-from ndp_gym.provenance import git_commit, package_versions
+from ndp_gym.provenance import env_spec_json, git_commit, package_versions
 from ndp_gym.rollout import Task
 from ndp_gym.tracking import Mode, tracked_run
 from policies.agent import LayerAgent
@@ -37,15 +37,8 @@ from policies.balance_feedback import BalanceFeedback
 from policies.tuned import read_tuning
 from train.forecast import fit_weights
 from train.options import parse
-from train.setting import (
-    Setting,
-    mean_of,
-    scores_of,
-    traces_of,
-    val_tasks,
-    weight,
-    window_rewards,
-)
+from train.setting import Setting, mean_of, scores_of, traces_of, val_tasks, weight
+from train.tracking import Scored, WandbWriter, log_result, placement_figure, scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,24 +86,6 @@ class Args(Setting):
 NOT_IN_CARD = ("out", "resume", "wandb", "wandb_project")  # they change nothing about the agent
 
 
-class WandbWriter(KVWriter):
-    """Hands SB3's metrics to a wandb run."""
-
-    def __init__(self, run: Any) -> None:
-        """For a run that is open."""
-        self.run = run
-
-    def write(
-        self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0
-    ) -> None:
-        """Log numbers over the steps that SB3 counts (one per agent and window)."""
-        numbers = {k: float(v) for k, v in key_values.items() if isinstance(v, int | float)}
-        self.run.log({**numbers, "global_step": step})
-
-    def close(self) -> None:
-        """The run is closed by who opened it."""
-
-
 class ValScore(BaseCallback):
     """Evaluates on val, keeps the best agent and a checkpoint, and says how far it got."""
 
@@ -119,12 +94,16 @@ class ValScore(BaseCallback):
         super().__init__()
         self.args, self.tasks, self.card = args, tasks, card
         self.out = Path(args.out)
-        planner = BalanceFeedback(**base_of(args))
-        self.alone = [window_rewards(planner, task) for task in tasks]
-        self.alone_score = mean_of(self.alone)
+        self.alone = scored(BalanceFeedback(**base_of(args)), tasks)
+        self.alone_score = mean_of(self.alone.rewards)
+        self.best: Scored | None = None
         self.curve: list[list[float]] = []
-        self.best = -np.inf
         self.start, self.start_windows, self.start_s = time.monotonic(), 0, 0.0
+
+    @property
+    def best_score(self) -> float:
+        """Reward of the best agent so far."""
+        return -np.inf if self.best is None else mean_of(self.best.rewards)
 
     @property
     def n_windows(self) -> int:
@@ -143,12 +122,15 @@ class ValScore(BaseCallback):
 
     def _on_training_start(self) -> None:
         self.start = time.monotonic()
+        if not self.curve:
+            self.score()
+        self.show_placement()
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_start(self) -> None:
-        if not self.curve or self.n_windows - self.curve[-1][0] >= self.args.eval_every:
+        if self.n_windows - self.curve[-1][0] >= self.args.eval_every:
             self.score()
 
     def score(self) -> None:
@@ -159,12 +141,13 @@ class ValScore(BaseCallback):
         """
         seconds = self.seconds
         save_agent(agent_of(self.model, self.card), self.out / "last")
-        rewards = [window_rewards(LayerAgent(str(self.out / "last")), t) for t in self.tasks]
-        scores = {**scores_of(rewards, self.alone), "n_windows_trained": self.n_windows}
+        found = scored(LayerAgent(str(self.out / "last")), self.tasks)
+        scores = scores_of(found.rewards, self.alone.rewards)
+        scores["n_windows_trained"] = self.n_windows
         score = scores["reward"]
         self.curve.append([self.n_windows, round(seconds, 1), score])
-        if score > self.best:
-            self.best = score
+        if score > self.best_score:
+            self.best = found
             note = "chosen as the best of this run on val, so the score is optimistic"
             best = agent_of(self.model, {**self.card, "scores": {**scores, "note": note}})
         else:
@@ -172,13 +155,13 @@ class ValScore(BaseCallback):
         save_agent(replace(best, card={**best.card, "curve": self.curve}), self.out / "best")
         self.checkpoint()
         self.logger.record("val/reward", score)
-        self.logger.record("val/best", self.best)
+        self.logger.record("val/best", self.best_score)
         self.logger.record("val/gain", scores["gain"])
         self.logger.record("val/alone", self.alone_score)
         self.logger.dump(self.model.num_timesteps)
         print(
             f"{self.n_windows:7d}/{self.args.n_windows} windows  {self.seconds:4.0f} s{self.left()}"
-            f"  val {score:.4f} (best {self.best:.4f}, alone {self.alone_score:.4f})",
+            f"  val {score:.4f} (best {self.best_score:.4f}, alone {self.alone_score:.4f})",
             flush=True,
         )
 
@@ -188,6 +171,13 @@ class ValScore(BaseCallback):
         if not done:
             return ""
         return f", {max(to_go, 0) * (time.monotonic() - self.start) / done:4.0f} s left"
+
+    def show_placement(self) -> None:
+        """Log where the best agent and the planner alone put experts; drawing takes a second."""
+        if self.best is not None and self.args.wandb != "disabled":
+            figure = placement_figure(self.best.placed, self.alone.placed)
+            self.logger.record("val/placement", Figure(figure, close=False))
+            self.logger.dump(self.model.num_timesteps)
 
     def checkpoint(self) -> None:
         """Everything needed to go on; the file appears whole or not at all."""
@@ -206,7 +196,7 @@ class ValScore(BaseCallback):
         model.set_parameters(state["parameters"])
         model.num_timesteps = state["num_timesteps"]
         self.curve = state["curve"]
-        self.best = load_agent(self.out / "best").card["scores"]["reward"]
+        self.best = scored(LayerAgent(str(self.out / "best")), self.tasks)
         self.start_windows, self.start_s = windows_of(model, model.num_timesteps), self.curve[-1][1]
 
 
@@ -255,16 +245,22 @@ def base_of(args: Args) -> dict[str, float]:
     return read_tuning(args.base)[1]["constants"] if args.base else {}
 
 
+def environment_arguments(args: Args, path: str | None) -> dict[str, Any]:
+    """What `NDPPlacementEnv` takes for the recording at ``path``, as JSON values."""
+    return {
+        "trace": path, "model": args.model, "system": args.system, "batch_size": args.batch_size,
+        "window": args.window, "hbm_budget": parse_budget(args.hbm_budget),
+        "quality_weight": weight(args.quality_weight), "conditions": args.conditions,
+        "max_windows": 10**6 if args.conditions == "fix" else args.episode_windows,
+    }  # fmt: skip
+
+
 def environment(args: Args, forecast: NDArray[np.float64] | None) -> LayerVecEnvs:
     """One group of copies per recording, whose agents forecast with these weights."""
-    max_windows = 10**6 if args.conditions == "fix" else args.episode_windows
     return LayerVecEnvs([
         LayerVecEnv(
-            args.n_lanes, trace=path, model=args.model, system=args.system,
-            batch_size=args.batch_size, window=args.window,
-            hbm_budget=parse_budget(args.hbm_budget), quality_weight=weight(args.quality_weight),
-            conditions=args.conditions, own=args.own, max_windows=max_windows,
-            base=base_of(args), forecast=forecast,
+            args.n_lanes, own=args.own, base=base_of(args), forecast=forecast,
+            **environment_arguments(args, path),
         )
         for path in traces_of(args)
     ])  # fmt: skip
@@ -301,9 +297,10 @@ def train(args: Args) -> Path:
     if args.resume:
         scoring.resume(model)
         env.seed(args.seed + model.num_timesteps)  # other orders of requests than at the start
+    specs = [env_spec_json(environment_arguments(args, path)) for path in traces_of(args)]
     with tracked_run(
-        card, output_dir=out, mode=args.wandb, project=args.wandb_project, job_type="train",
-        name=f"layer_agents__ppo__{args.seed}__{int(time.time())}",
+        {**card, "env_specs": specs}, output_dir=out, mode=args.wandb, project=args.wandb_project,
+        job_type="train", name=f"layer_agents__ppo__{args.seed}__{int(time.time())}",
     ) as run:  # fmt: skip
         model.set_logger(Logger(None, [WandbWriter(run)]))
         steps = args.n_windows * env.num_envs // env.windows_per_step - model.num_timesteps
@@ -314,10 +311,15 @@ def train(args: Args) -> Path:
         scoring.model = model
         if scoring.is_due:
             scoring.score()
-        run.summary.update({"val/best": scoring.best, "val/alone": scoring.alone_score})
-    print(
-        f"best on val {scoring.best:.4f}, planner alone {scoring.alone_score:.4f}: {out / 'best'}"
-    )
+        run.summary.update({"val/best": scoring.best_score, "val/alone": scoring.alone_score})
+        if args.wandb != "disabled" and scoring.best is not None:
+            scoring.show_placement()
+            log_result(
+                run, model.num_timesteps, out / "best.safetensors", scoring.tasks, scoring.best,
+                scoring.alone, is_tuned=args.base is not None,
+            )  # fmt: skip
+    best = f"best on val {scoring.best_score:.4f}, planner alone {scoring.alone_score:.4f}"
+    print(f"{best}: {out / 'best'}")
     return out / "best.safetensors"
 
 

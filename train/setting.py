@@ -13,7 +13,8 @@ from ndp_gym.commands.evaluate import parse_budget
 from ndp_gym.conditions import CONDITIONS, find_conditions
 from ndp_gym.policy import Policy
 from ndp_gym.reward import quality_weight as weight_of
-from ndp_gym.rollout import Task, run_policy
+from ndp_gym.reward import reward
+from ndp_gym.rollout import Measurement, Task, run_policy
 from ndp_gym.scenarios import condition_tasks
 
 
@@ -81,8 +82,13 @@ def val_tasks(setting: Setting) -> list[Task]:
 
 def window_rewards(policy: Policy, task: Task) -> NDArray[np.float64]:
     """Reward of every window of the task, in its order: windows pair between policies."""
-    terms = run_policy(policy, task, seed=0).terms
-    return np.array(terms["throughput"]) + task.quality_weight * np.array(terms["quality"])
+    return rewards_of(run_policy(policy, task, seed=0), task)
+
+
+def rewards_of(run: Measurement, task: Task) -> NDArray[np.float64]:
+    """Reward of every window of a run of the task."""
+    terms = {name: np.array(values) for name, values in run.terms.items()}
+    return np.asarray(reward(terms, task.quality_weight))
 
 
 def mean_of(rewards: Sequence[NDArray[np.float64]]) -> float:
