@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ndp_gym.forecast import Blend, expected
+from ndp_gym.forecast import Blend, Forecast, expected
 from ndp_gym.lanes import CONTEXT_NAMES, Observations
 from ndp_gym.layer_facts import LaneFacts
 from ndp_gym.layer_features import FEATURES, Estimate, features_of, outside_s
@@ -40,10 +40,7 @@ ACTIONS = ("far_value", "price", "hysteresis", "mix")
 """
 
 
-_ADMITTED, _LIVE, _MEAN_CONTEXT, _BUDGET = (
-    CONTEXT_NAMES.index(name)
-    for name in ("n_admitted", "n_live", "mean_context", "hbm_budget_bytes")
-)
+_ADMITTED, _BUDGET = map(CONTEXT_NAMES.index, ("n_admitted", "hbm_budget_bytes"))
 
 
 class Decided(NamedTuple):
@@ -176,13 +173,20 @@ class LayerAgents:
             raise ValueError("actions of layer agents must be finite, got nan or inf")
         if self._seen is None:
             raise ValueError("observe() must come before decide()")
-        _, routing, share = self._seen
+        observations, routing, share = self._seen
         clipped: FloatArray = np.asarray(actions, np.float64).clip(-1, 1)
         mixed = self._forecaster.mixed(routing, clipped[..., ACTIONS.index("mix")])
+        is_near = observations["tier"] == HBM
+        present = np.where(is_near, observations["bitwidth"], 0).astype(np.int64)
+        usual, own = self._forecasts(share), self._forecasts(mixed)
         shape = share.shape
         decided = Decided(np.empty(shape, np.uint8), np.empty(shape, np.uint8), np.empty(shape))
         for lane, (tier, bits, order) in enumerate(zip(*decided, strict=True)):
-            plan = self._plan(lane, clipped[lane], share[lane], mixed[lane])
+            far_value, price, hysteresis, _ = clipped[lane].T
+            nudges = Nudges(own[lane], 2.0**far_value, 2.0**price, 16.0**hysteresis)
+            plan = self._plan(
+                lane, usual[lane], present[lane], nudges if clipped[lane].any() else None
+            )
             tier[...], bits[...] = plan.placement.tier, plan.placement.bitwidth
             order[...] = plan.migration_order
         self.ordered(decided.tier, decided.bits)
@@ -194,37 +198,39 @@ class LayerAgents:
         self._planned = bits.astype(np.int64)
         self._speeds.expect(self._seen[0], tier, bits)
 
-    def _plan(self, lane: int, action: FloatArray, share: FloatArray, mixed: FloatArray) -> Plan:
-        """The plan of one lane; ``share`` and ``mixed`` [L, E] are routings expected."""
+    def _forecasts(self, share: FloatArray) -> list[Forecast]:
+        """What each lane expects if ``share`` [N, L, E] is its routing."""
         assert self._seen is not None
         observations, routing, _ = self._seen
-        context = observations["context"][lane]
+        load = observations["ema_load"].astype(np.float64)
+        energy, is_seen = np.empty(share.shape), load.any(axis=-1).all(axis=-1)
+        for lanes in (is_seen, ~is_seen):
+            if lanes.any():
+                energy[lanes] = self._blend.energy(share[lanes], routing.gates[lanes], load[lanes])
+        context = observations["context"]
+        n_live = np.maximum(entry(context, "n_live"), 1.0)
+        tokens = n_live * entry(context, "mean_context")
+        lanes_of = zip(share, n_live.tolist(), tokens.tolist(), energy, strict=True)
+        return [expected(s, n, c, self._top_k)._replace(energy=e) for s, n, c, e in lanes_of]
+
+    def _plan(
+        self, lane: int, routing: Forecast, present: NDArray[np.int64], nudges: Nudges | None
+    ) -> Plan:
+        """The plan of one lane, whose copies ``present`` are [L, E] bits."""
+        assert self._seen is not None
+        context = self._seen[0]["context"][lane]
         facts = self._lane_facts[lane]
         facts = facts._replace(table=scaled(facts.table, self._speeds.factors[lane]))
-        is_near = observations["tier"][lane] == HBM
-        present = np.where(is_near, observations["bitwidth"][lane], 0).astype(np.int64)
         if context[_ADMITTED] > 0:
             self._guesses[lane] = None
-        gates = routing.gates[lane]
-        n_live = max(float(context[_LIVE]), 1.0)
-        tokens = n_live * float(context[_MEAN_CONTEXT])
-        load = observations["ema_load"][lane].astype(np.float64)
-        usual, own = (
-            expected(s, n_live, tokens, self._top_k)._replace(
-                energy=self._blend.energy(s, gates, load)
-            )
-            for s in (share, mixed)
-        )
-        far_value, price, hysteresis, _ = action.T
-        nudges = Nudges(own, 2.0**far_value, 2.0**price, 16.0**hysteresis)
         plan, self._guesses[lane] = balance(
             facts,
-            usual,
+            routing,
             Copies(planned=self._planned[lane], present=present),
             float(np.floor(context[_BUDGET])),
             self._knobs,
             self._guesses[lane],
-            nudges if action.any() else None,
+            nudges,
         )
         return plan
 

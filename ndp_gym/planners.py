@@ -187,29 +187,27 @@ def balance(
     Returns:
         The plan, and the guess for the next one.
     """
+    task = _Task(facts, copies, budget_bytes, knobs, bool(copies.planned.any()))
     if guess:
-        best = _search(facts, expected, copies, budget_bytes, knobs, guess)
+        best = _search(task, expected, guess)
     else:
         # log T is concave in T: a first and a last resort each have a valley of their own.
         answers = []
         for start in _first_guesses(facts, expected, budget_bytes):
-            rough = _search(facts, expected, copies, budget_bytes, knobs, start)
-            answers += [rough, _search(facts, expected, copies, budget_bytes, knobs, rough.guess)]
+            rough = _search(task, expected, start)
+            answers += [rough, _search(task, expected, rough.guess)]
         best = min(answers, key=lambda answer: answer.objective)
-    if nudges is not None:
-        best = _nudged(facts, copies, budget_bytes, best, nudges)
-    table, options, present = facts.table, best.options, copies.present
-    chosen = keep_or_change(options, best.chosen, present, budget_bytes, knobs.min_gain)
-    far_index = best.far_index
-    if chosen is not best.chosen:
-        _, far_index = far_widths(options, chosen)
-    target = target_of(table, options, chosen)
-    if copies.planned.any():
-        can_arrive = knobs.migration_cap * facts.window * best.guess.step_s * table.link_bytes_per_s
-        target = stage(table, target, present, budget_bytes, can_arrive)
-    bits = np.where(target.bits > 0, target.bits, table.bits[far_index]).astype(np.uint8)
-    placement = Placement(tier=np.where(target.bits > 0, HBM, FAR), bitwidth=bits)
-    return Plan(placement=placement, migration_order=target.value), best.guess
+    return _plan_of(task, best if nudges is None else _nudged(task, best, nudges)), best.guess
+
+
+class _Task(NamedTuple):
+    """What `balance` was given, less the routing; ``has_plan``: this is not the first of one."""
+
+    facts: Facts
+    copies: Copies
+    budget_bytes: float
+    knobs: Knobs
+    has_plan: bool
 
 
 class _Answer(NamedTuple):
@@ -223,17 +221,11 @@ class _Answer(NamedTuple):
     guess: Guess
 
 
-def _search(
-    facts: Facts,
-    expected: Forecast,
-    copies: Copies,
-    budget_bytes: float,
-    knobs: Knobs,
-    guess: Guess,
-) -> _Answer:
+def _search(task: _Task, expected: Forecast, guess: Guess) -> _Answer:
     """The best fillings while a second costs ``1 / guess.step_s``, and their true objective."""
+    knobs, table = task.knobs, task.facts.table
     second = knobs.price / guess.step_s
-    hysteresis = knobs.hysteresis / facts.window * copies.planned.any()
+    hysteresis = knobs.hysteresis / task.facts.window * task.has_plan
     prices = Prices(
         second=second,
         byte=guess.byte_price,
@@ -242,10 +234,10 @@ def _search(
         gpu_factor=knobs.gpu_factor,
         far_factor=knobs.far_factor,
     )
-    options = fillings(_window(facts, expected, copies, second), prices)
-    chosen, byte_price = within_budget(options, budget_bytes)
+    options = fillings(_window(task, expected, second), prices)
+    chosen, byte_price = within_budget(options, task.budget_bytes)
     layers_s = float(at(options.seconds, chosen).sum())
-    step_s = _outside_s(facts.table, expected) + layers_s
+    step_s = _outside_s(table, expected) + layers_s
     far_share, far_index = far_widths(options, chosen)
     rest = float(at(options.objective, chosen).sum()) - second * layers_s
     return _Answer(
@@ -258,9 +250,7 @@ def _search(
     )
 
 
-def _nudged(
-    facts: Facts, copies: Copies, budget_bytes: float, answer: _Answer, nudges: Nudges
-) -> _Answer:
+def _nudged(task: _Task, answer: _Answer, nudges: Nudges) -> _Answer:
     """The fillings that layers choose for themselves."""
     found = answer.prices
     prices = found._replace(
@@ -268,12 +258,31 @@ def _nudged(
         copy_second=found.copy_second * nudges.price * nudges.hysteresis,
         far_factor=found.far_factor * nudges.far_factor,
     )
-    window = _window(facts, nudges.expected, copies, float(np.mean(found.second)))
-    options = fillings(window, prices)
+    options = fillings(_window(task, nudges.expected, float(np.mean(found.second))), prices)
     rations = at(answer.options.n_bytes, answer.chosen)
-    chosen = within_rations(options, rations, budget_bytes)
+    chosen = within_rations(options, rations, task.budget_bytes)
     _, far_index = far_widths(options, chosen)
     return answer._replace(prices=prices, options=options, chosen=chosen, far_index=far_index)
+
+
+def _plan_of(task: _Task, best: _Answer) -> Plan:
+    """The fillings chosen as a plan, less what is not worth its copies or could not arrive."""
+    table, knobs, present = task.facts.table, task.knobs, task.copies.present
+    options, far_index = best.options, best.far_index
+    chosen = keep_or_change(options, best.chosen, present, task.budget_bytes, knobs.min_gain)
+    if chosen is not best.chosen:
+        _, far_index = far_widths(options, chosen)
+    target = target_of(table, options, chosen)
+    if task.has_plan:
+        window_s = task.facts.window * best.guess.step_s
+        can_arrive = knobs.migration_cap * window_s * table.link_bytes_per_s
+        target = stage(table, target, present, task.budget_bytes, can_arrive)
+    is_near = target.bits > 0
+    placement = Placement(
+        tier=np.where(is_near, np.uint8(HBM), np.uint8(FAR)),
+        bitwidth=np.where(is_near, target.bits, table.bits[far_index]).astype(np.uint8),
+    )
+    return Plan(placement=placement, migration_order=target.value)
 
 
 def hot_plan(
@@ -305,13 +314,13 @@ def hot_plan(
     return Plan(placement=placement, migration_order=values)
 
 
-def _window(facts: Facts, expected: Forecast, copies: Copies, second: float) -> Window:
+def _window(task: _Task, expected: Forecast, second: float) -> Window:
     """What is expected of the coming window; ``second`` prices making copies (0 with replicas)."""
-    table, in_place = facts.table, facts.in_place
-    remake = second * facts.requantise_s / facts.window * copies.planned.any()
-    lost = lost_at(table, expected, facts.loss, facts.guard, remake, copies.planned)
-    far_s = far_seconds(table, in_place, expected)
-    return Window(table, in_place, expected, far_s, lost, copies.present)
+    facts, copies = task.facts, task.copies
+    remake = second * facts.requantise_s / facts.window * task.has_plan
+    lost = lost_at(facts.table, expected, facts.loss, facts.guard, remake, copies.planned)
+    far_s = far_seconds(facts.table, facts.in_place, expected)
+    return Window(facts.table, facts.in_place, expected, far_s, lost, copies.present)
 
 
 def _outside_s(table: CostTable, expected: Forecast) -> float:
