@@ -24,10 +24,10 @@ WIDTH, RANKING = range(2)
 """Entries of ``choices`` [2, C, L, E]: see `ndp_gym.fillings.Items`."""
 CHARGED, GAIN = range(2)
 """Entries of ``values`` [2, C, L, E]."""
-_OWN_S, _REST_S, _VARIANCE, _LOSS, _SIZE, _LOAD, _ACTIVE, _IDLE = range(8)
-"""Columns of a sheet [E, 8]: what an expert adds to the sums over a prefix, or multiplies."""
-_FAR_S, _FAR_LOSS, _FAR_VARIANCE, _DOUBT = range(4)
-"""Columns of a sheet [E, 4]: an expert outside HBM."""
+_OWN_S, _SIZE, _VARIANCE, _LOSS, _GAIN, _KEY = range(6)
+"""Rows of a copy [6, E] in HBM: what it adds to the sums over a prefix, its gain and its place."""
+_FAR_S, _FAR_VARIANCE, _FAR_LOSS, _DOUBT, _IDLE = range(5)
+"""Rows of ``far`` [5, E]: experts outside HBM, and what does not depend on where they are."""
 _RUN = 64
 _PRESENT_FIRST = 1e9
 _WHOLE_POWERS = 1024.0
@@ -101,8 +101,8 @@ def _layer_seconds(seconds, gpu_s, far_s, spread, hbm_load, constants, room):  #
 
 
 @njit(**_INNER)
-def _far_best(far_sheet, rates, layer, overlap, active, far_s, lost):  # type: ignore[no-untyped-def]
-    """Fill ``far_sheet`` with the costs of the layer's experts at their best width outside HBM."""
+def _outside(far, rates, layer, overlap, active, far_s, lost):  # type: ignore[no-untyped-def]
+    """Fill ``far`` with the costs of the layer's experts at their best width outside HBM."""
     price = rates[SECOND, layer] * (overlap * rates[FAR_SHARE, layer] + 1.0 - overlap)
     factor = rates[FAR_FACTOR, layer]
     for e in range(active.shape[1]):
@@ -114,27 +114,39 @@ def _far_best(far_sheet, rates, layer, overlap, active, far_s, lost):  # type: i
         seconds = factor * far_s[layer, e, best]
         # Variance of a time, by its expectation squared: an expert is active or not.
         doubt = (1.0 - active[layer, e]) / max(active[layer, e], 1e-12)
-        far_sheet[e, _FAR_S], far_sheet[e, _FAR_LOSS] = seconds, lost[layer, e, best]
-        far_sheet[e, _FAR_VARIANCE], far_sheet[e, _DOUBT] = seconds * seconds * doubt, doubt
+        far[_FAR_S, e], far[_FAR_LOSS, e] = seconds, lost[layer, e, best]
+        far[_FAR_VARIANCE, e], far[_DOUBT, e] = seconds * seconds * doubt, doubt
+        far[_IDLE, e] = math.exp(-active[layer, e])
 
 
 @njit(**_INNER)
-def _hbm_costs(cost, best, rates, layer, overlap, byte, active, widths, lost, held):  # type: ignore[no-untyped-def]
-    """Fill the objective ``cost`` [E, NB] of the layer's experts in HBM and the ``best`` width."""
-    price = rates[SECOND, layer] * (1.0 - overlap * max(rates[FAR_SHARE, layer], 0.5))
+def _inside(copies, best, far, rates, layer, overlap, byte, active, widths, lost, held):  # type: ignore[no-untyped-def]
+    """Fill ``copies`` [NB, 6, E] of the layer's experts in HBM and the ``best`` width."""
+    share = max(rates[FAR_SHARE, layer], 0.5)
+    price = rates[SECOND, layer] * (1.0 - overlap * share)
+    # Ranked as if the far device were at least as slow: HBM would else fill with cold experts.
+    far_price = rates[SECOND, layer] * (overlap * share + 1.0 - overlap)
     for e in range(active.shape[1]):
         own = held[layer, e]
         least = np.inf
+        far_s, far_loss = far[_FAR_S, e], far[_FAR_LOSS, e]
+        far_value = far_price * far_s + far_loss
         for b in range(lost.shape[2]):
             seconds = rates[GPU_FACTOR, layer] * active[layer, e] * widths[GPU_WEIGHT_S, b]
             copy_s = 0.0 if b == own else widths[COPY_S, b]
-            value = price * seconds + lost[layer, e, b] + rates[COPY_SECOND, layer] * copy_s
-            cost[e, b] = value
+            copy_loss = rates[COPY_SECOND, layer] * copy_s
+            cost = price * seconds + lost[layer, e, b] + copy_loss
             size = widths[BYTES, b]
             if own >= 0:
                 size = max(size, widths[BYTES, own])
-            if value + byte * size < least:
-                best[e], least = b, value + byte * size
+            gain = far_value - cost
+            copies[b, _OWN_S, e], copies[b, _SIZE, e] = seconds, size
+            variance = seconds * seconds * far[_DOUBT, e]
+            copies[b, _VARIANCE, e] = variance - far[_FAR_VARIANCE, e]
+            copies[b, _LOSS, e] = lost[layer, e, b] + copy_loss - far_loss
+            copies[b, _GAIN, e], copies[b, _KEY, e] = gain, byte * size - gain
+            if cost + byte * size < least:
+                best[e], least = b, cost + byte * size
 
 
 @njit(**_INNER)
@@ -173,36 +185,50 @@ def _sort(order, key, spare, near):  # type: ignore[no-untyped-def]
 
 
 @njit(**_INNER)
-def _prefixes(sums, idle, order, sheet, far_sheet, launch_s, width, token_s):  # type: ignore[no-untyped-def]
-    """Fill ``sums`` [6, E + 1]: the first k experts of ``order`` in HBM, the others far.
+def _prefixes(sums, first, idle, order, width, copy, far, load, launch_s, token_s):  # type: ignore[no-untyped-def]
+    """Fill ``sums`` [6, X] from ``first`` on: the first k of ``order`` in HBM, the others far.
 
     They are GPU seconds, far seconds, variance, loss, bytes and load.
     """
     n_experts = order.size
-    own_s, rest_s, spread, loss, n_bytes, load, launched_s = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    own_s, rest_s, spread, loss, n_bytes, hot, launched_s = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for e in range(n_experts):
-        rest_s += far_sheet[e, _FAR_S]
-        loss += far_sheet[e, _FAR_LOSS]
-        spread += far_sheet[e, _FAR_VARIANCE]
+        rest_s += far[_FAR_S, e]
+        loss += far[_FAR_LOSS, e]
+        spread += far[_FAR_VARIANCE, e]
     for b in range(idle.size):
         idle[b] = 1.0
     for k in range(n_experts + 1):
         if k > 0:
             e = order[k - 1]
-            own_s += sheet[e, _OWN_S]
-            rest_s -= sheet[e, _REST_S]
-            spread += sheet[e, _VARIANCE]
-            loss += sheet[e, _LOSS]
-            n_bytes += sheet[e, _SIZE]
-            load += sheet[e, _LOAD]
+            own_s += copy[_OWN_S, e]
+            rest_s -= far[_FAR_S, e]
+            spread += copy[_VARIANCE, e]
+            loss += copy[_LOSS, e]
+            n_bytes += copy[_SIZE, e]
+            hot += load[e]
             # One launch per width of which some expert is active.
             b = width[e]
             before = idle[b]
-            idle[b] = before * sheet[e, _IDLE]
+            idle[b] = before * far[_IDLE, e]
             launched_s += launch_s[b] * (before - idle[b])
-        sums[0, k] = launched_s + max(own_s, token_s * load)
-        sums[1, k], sums[2, k] = max(rest_s, 0.0), max(spread, 0.0)
-        sums[3, k], sums[4, k], sums[5, k] = loss, n_bytes, load
+        sums[0, first + k] = launched_s + max(own_s, token_s * hot)
+        sums[1, first + k], sums[2, first + k] = max(rest_s, 0.0), max(spread, 0.0)
+        sums[3, first + k], sums[4, first + k], sums[5, first + k] = loss, n_bytes, hot
+
+
+@njit(**_INNER)
+def _picked(copy, width, c, copies, best, held):  # type: ignore[no-untyped-def]
+    """Fill ``copy`` [6, E] and ``width`` of ranking ``c``, in which each expert has its own."""
+    nb = copies.shape[0]
+    for e in range(width.size):
+        b, first = best[e], 0.0
+        if c > nb and held[e] >= 0:
+            b, first = held[e], _PRESENT_FIRST
+        width[e] = b
+        for row in range(copy.shape[0]):
+            copy[row, e] = copies[b, row, e]
+        copy[_KEY, e] -= first
 
 
 @njit(**_LOOP)
@@ -244,51 +270,38 @@ def fill(rates, byte, load, active, widths, constants, far_s, lost, held, costs,
     -1 where there is none.
     """
     n_layers, n_experts, nb = lost.shape
-    sheet, far_sheet = np.empty((n_experts, 8)), np.empty((n_experts, 4))
-    key, spare, near = np.empty(n_experts), np.empty(n_experts, np.int64), np.empty(n_experts)
-    sums, idle, room = np.empty((6, n_experts + 1)), np.empty(nb), np.empty((3, n_experts + 1))
-    hbm_cost = np.empty((n_experts, nb))
-    best, order = np.empty(n_experts, np.int64), np.empty(n_experts, np.int64)
+    n_counts = n_experts + 1
+    n_ways = (nb + 2) * n_counts
+    copies, far = np.empty((nb + 2, 6, n_experts)), np.empty((5, n_experts))
+    spare, near = np.empty(n_experts, np.int64), np.empty(n_experts)
+    best = np.empty(n_experts, np.int64)
+    sums, idle, room = np.empty((6, n_ways)), np.empty(nb), np.empty((3, n_ways))
     overlap = max(constants[OVERLAP], 0.0)
     for layer in range(n_layers):
-        _far_best(far_sheet, rates, layer, overlap, active, far_s, lost)
-        _hbm_costs(hbm_cost, best, rates, layer, overlap, byte, active, widths, lost, held)
-        # Ranked as if the far device were at least as slow: HBM would else fill with cold experts.
-        price = rates[SECOND, layer] * (overlap * max(rates[FAR_SHARE, layer], 0.5) + 1.0 - overlap)
-        for e in range(n_experts):
-            sheet[e, _LOAD], sheet[e, _IDLE] = load[layer, e], math.exp(-active[layer, e])
-            sheet[e, _REST_S] = far_sheet[e, _FAR_S]
+        _outside(far, rates, layer, overlap, active, far_s, lost)
+        _inside(copies[:nb], best, far, rates, layer, overlap, byte, active, widths, lost, held)
+        token_s = rates[GPU_FACTOR, layer] * constants[TOKEN_S]
         for c in range(nb + 2):
+            copy, width, order = copies[c], choices[WIDTH, c, layer], choices[RANKING, c, layer]
+            if c < nb:
+                width[:] = c
+            else:
+                _picked(copy, width, c, copies[:nb], best, held[layer])
             for e in range(n_experts):
-                own = held[layer, e]
-                b = c if c < nb else own if c > nb and own >= 0 else best[e]
-                size = widths[BYTES, b] if own < 0 else max(widths[BYTES, b], widths[BYTES, own])
-                gain = price * far_sheet[e, _FAR_S] + far_sheet[e, _FAR_LOSS] - hbm_cost[e, b]
-                key[e] = byte * size - gain
-                if c > nb and own >= 0:
-                    key[e] -= _PRESENT_FIRST
-                own_s = rates[GPU_FACTOR, layer] * active[layer, e] * widths[GPU_WEIGHT_S, b]
-                copy_s = 0.0 if b == own else widths[COPY_S, b]
-                own_loss = lost[layer, e, b] + rates[COPY_SECOND, layer] * copy_s
-                sheet[e, _OWN_S], sheet[e, _SIZE] = own_s, size
-                sheet[e, _LOSS] = own_loss - far_sheet[e, _FAR_LOSS]
-                own_variance = own_s * own_s * far_sheet[e, _DOUBT]
-                sheet[e, _VARIANCE] = own_variance - far_sheet[e, _FAR_VARIANCE]
-                choices[WIDTH, c, layer, e] = b
-                values[CHARGED, c, layer, e], values[GAIN, c, layer, e] = size, gain
                 order[e] = e
-            _sort(order, key, spare, near)
-            token_s = rates[GPU_FACTOR, layer] * constants[TOKEN_S]
-            width = choices[WIDTH, c, layer]
-            _prefixes(sums, idle, order, sheet, far_sheet, widths[LAUNCH_S], width, token_s)
-            seconds = costs[SECONDS, layer, c]
-            _layer_seconds(seconds, sums[0], sums[1], sums[2], sums[5], constants, room)
-            for k in range(n_experts):
-                choices[RANKING, c, layer, k] = order[k]
-            for k in range(n_experts + 1):
-                costs[OBJECTIVE, layer, c, k] = rates[SECOND, layer] * seconds[k] + sums[3, k]
-                costs[GPU_S, layer, c, k] = sums[0, k]
-                costs[N_BYTES, layer, c, k] = sums[4, k]
+            _sort(order, copy[_KEY], spare, near)
+            first = c * n_counts
+            _prefixes(
+                sums, first, idle, order, width, copy, far, load[layer], widths[LAUNCH_S], token_s
+            )
+            values[CHARGED, c, layer], values[GAIN, c, layer] = copy[_SIZE], copy[_GAIN]
+        seconds = costs[SECONDS, layer].reshape(n_ways)
+        _layer_seconds(seconds, sums[0], sums[1], sums[2], sums[5], constants, room)
+        objective = costs[OBJECTIVE, layer].reshape(n_ways)
+        for way in range(n_ways):
+            objective[way] = rates[SECOND, layer] * seconds[way] + sums[3, way]
+        costs[GPU_S, layer].reshape(n_ways)[:] = sums[0]
+        costs[N_BYTES, layer].reshape(n_ways)[:] = sums[4]
 
 
 @njit(**_LOOP)
