@@ -101,52 +101,61 @@ def _layer_seconds(seconds, gpu_s, far_s, spread, hbm_load, constants, room):  #
 
 
 @njit(**_INNER)
-def _outside(far, rates, layer, overlap, active, far_s, lost):  # type: ignore[no-untyped-def]
+def _cheapest(width, least, price, factor, far_s, lost):  # type: ignore[no-untyped-def]
+    """Fill the ``width`` at which each expert is best outside HBM, and its objective ``least``.
+
+    Width by width, as ``far_s`` and ``lost`` [NB, E] stand, so that processors do several at once.
+    """
+    for e in range(width.size):
+        width[e], least[e] = 0, np.inf
+    for b in range(lost.shape[0]):
+        seconds, loss = far_s[b], lost[b]
+        for e in range(width.size):
+            value = price * (factor * seconds[e]) + loss[e]
+            width[e] = b if value < least[e] else width[e]
+            least[e] = value if value < least[e] else least[e]
+
+
+@njit(**_INNER)
+def _outside(far, width, room, rates, layer, overlap, active, far_s, lost):  # type: ignore[no-untyped-def]
     """Fill ``far`` with the costs of the layer's experts at their best width outside HBM."""
     price = rates[SECOND, layer] * (overlap * rates[FAR_SHARE, layer] + 1.0 - overlap)
     factor = rates[FAR_FACTOR, layer]
-    for e in range(active.shape[1]):
-        best, least = 0, np.inf
-        for b in range(lost.shape[2]):
-            value = price * (factor * far_s[layer, e, b]) + lost[layer, e, b]
-            if value < least:
-                best, least = b, value
-        seconds = factor * far_s[layer, e, best]
+    _cheapest(width, room, price, factor, far_s[layer], lost[layer])
+    for e in range(width.size):
+        seconds = factor * far_s[layer, width[e], e]
         # Variance of a time, by its expectation squared: an expert is active or not.
         doubt = (1.0 - active[layer, e]) / max(active[layer, e], 1e-12)
-        far[_FAR_S, e], far[_FAR_LOSS, e] = seconds, lost[layer, e, best]
+        far[_FAR_S, e], far[_FAR_LOSS, e] = seconds, lost[layer, width[e], e]
         far[_FAR_VARIANCE, e], far[_DOUBT, e] = seconds * seconds * doubt, doubt
         far[_IDLE, e] = math.exp(-active[layer, e])
 
 
 @njit(**_INNER)
-def _inside(copies, best, far, rates, layer, overlap, byte, active, widths, lost, held):  # type: ignore[no-untyped-def]
+def _inside(copies, best, least, far, rates, layer, overlap, byte, active, widths, lost, held):  # type: ignore[no-untyped-def]
     """Fill ``copies`` [NB, 6, E] of the layer's experts in HBM and the ``best`` width."""
     share = max(rates[FAR_SHARE, layer], 0.5)
     price = rates[SECOND, layer] * (1.0 - overlap * share)
     # Ranked as if the far device were at least as slow: HBM would else fill with cold experts.
     far_price = rates[SECOND, layer] * (overlap * share + 1.0 - overlap)
-    for e in range(active.shape[1]):
-        own = held[layer, e]
-        least = np.inf
-        far_s, far_loss = far[_FAR_S, e], far[_FAR_LOSS, e]
-        far_value = far_price * far_s + far_loss
-        for b in range(lost.shape[2]):
+    for b in range(lost.shape[1]):
+        for e in range(active.shape[1]):
+            own, loss = held[layer, e], lost[layer, b, e]
             seconds = rates[GPU_FACTOR, layer] * active[layer, e] * widths[GPU_WEIGHT_S, b]
             copy_s = 0.0 if b == own else widths[COPY_S, b]
             copy_loss = rates[COPY_SECOND, layer] * copy_s
-            cost = price * seconds + lost[layer, e, b] + copy_loss
+            cost = price * seconds + loss + copy_loss
             size = widths[BYTES, b]
             if own >= 0:
                 size = max(size, widths[BYTES, own])
-            gain = far_value - cost
+            gain = far_price * far[_FAR_S, e] + far[_FAR_LOSS, e] - cost
             copies[b, _OWN_S, e], copies[b, _SIZE, e] = seconds, size
             variance = seconds * seconds * far[_DOUBT, e]
             copies[b, _VARIANCE, e] = variance - far[_FAR_VARIANCE, e]
-            copies[b, _LOSS, e] = lost[layer, e, b] + copy_loss - far_loss
+            copies[b, _LOSS, e] = loss + copy_loss - far[_FAR_LOSS, e]
             copies[b, _GAIN, e], copies[b, _KEY, e] = gain, byte * size - gain
-            if cost + byte * size < least:
-                best[e], least = b, cost + byte * size
+            if b == 0 or cost + byte * size < least[e]:
+                best[e], least[e] = b, cost + byte * size
 
 
 @njit(**_INNER)
@@ -233,32 +242,29 @@ def _picked(copy, width, c, copies, best, held):  # type: ignore[no-untyped-def]
 
 @njit(**_LOOP)
 def far_seconds(load, active, widths, least_tokens, in_place, seconds):  # type: ignore[no-untyped-def]
-    """Fill ``seconds`` [L, E, NB], see `ndp_gym.fillings.far_seconds`."""
-    n_layers, n_experts, nb = seconds.shape
+    """Fill ``seconds`` [L, NB, E], see `ndp_gym.fillings.far_seconds`."""
+    n_layers, nb, n_experts = seconds.shape
     for layer in range(n_layers):
-        for e in range(n_experts):
-            chance = active[layer, e]
-            tokens = max(load[layer, e] / max(chance, 1e-12), least_tokens)
-            for b in range(nb):
-                if in_place:
-                    each_s = max(widths[FAR_WEIGHT_S, b], tokens * widths[FAR_TOKEN_S, b])
-                else:
-                    each_s = widths[COPY_S, b] + widths[GPU_WEIGHT_S, b]
-                seconds[layer, e, b] = chance * each_s
+        for b in range(nb):
+            fetch_s = widths[COPY_S, b] + widths[GPU_WEIGHT_S, b]
+            for e in range(n_experts):
+                tokens = max(load[layer, e] / max(active[layer, e], 1e-12), least_tokens)
+                here_s = max(widths[FAR_WEIGHT_S, b], tokens * widths[FAR_TOKEN_S, b])
+                seconds[layer, b, e] = active[layer, e] * (here_s if in_place else fetch_s)
 
 
 @njit(**_LOOP)
 def losses(loss, energy, guard, remake, planned, bits, lost):  # type: ignore[no-untyped-def]
-    """Fill ``lost`` [L, E, NB]: the expert's share of ``loss``, its ``guard``, and making copies.
+    """Fill ``lost`` [L, NB, E]: the expert's share of ``loss``, its ``guard``, and making copies.
 
     ``remake`` [NB] is the price of another width of ``bits`` than the ``planned`` one.
     """
-    n_layers, n_experts, nb = lost.shape
+    n_layers, nb, n_experts = lost.shape
     for layer in range(n_layers):
-        for e in range(n_experts):
-            for b in range(nb):
-                value = loss[layer, e, b] * energy[layer, e] + guard[layer, e, b]
-                lost[layer, e, b] = value + (remake[b] if planned[layer, e] != bits[b] else 0.0)
+        for b in range(nb):
+            for e in range(n_experts):
+                value = loss[layer, b, e] * energy[layer, e] + guard[layer, b, e]
+                lost[layer, b, e] = value + (remake[b] if planned[layer, e] != bits[b] else 0.0)
 
 
 @njit(**_LOOP)
@@ -269,7 +275,7 @@ def fill(rates, byte, load, active, widths, constants, far_s, lost, held, costs,
     the best one per expert, and the copies present first, at the width they have: ``held`` [L, E],
     -1 where there is none.
     """
-    n_layers, n_experts, nb = lost.shape
+    n_layers, nb, n_experts = lost.shape
     n_counts = n_experts + 1
     n_ways = (nb + 2) * n_counts
     copies, far = np.empty((nb + 2, 6, n_experts)), np.empty((5, n_experts))
@@ -278,8 +284,10 @@ def fill(rates, byte, load, active, widths, constants, far_s, lost, held, costs,
     sums, idle, room = np.empty((6, n_ways)), np.empty(nb), np.empty((3, n_ways))
     overlap = max(constants[OVERLAP], 0.0)
     for layer in range(n_layers):
-        _outside(far, rates, layer, overlap, active, far_s, lost)
-        _inside(copies[:nb], best, far, rates, layer, overlap, byte, active, widths, lost, held)
+        _outside(far, best, near, rates, layer, overlap, active, far_s, lost)
+        _inside(
+            copies[:nb], best, near, far, rates, layer, overlap, byte, active, widths, lost, held
+        )
         token_s = rates[GPU_FACTOR, layer] * constants[TOKEN_S]
         for c in range(nb + 2):
             copy, width, order = copies[c], choices[WIDTH, c, layer], choices[RANKING, c, layer]
@@ -313,15 +321,11 @@ def buy_far(  # type: ignore[no-untyped-def]
     ``shares`` [S] of the far device in the layer's time are tried; ``chosen`` are [L] flat indices
     into (C, E + 1). ``gpu_s``, ``ranking`` and ``index`` (of widths) are from `fill`.
     """
-    n_layers, n_experts, nb = lost.shape
+    n_layers, nb, n_experts = lost.shape
     best_share, best = np.empty(n_layers), np.empty((n_layers, n_experts), np.int64)
-    hot, found = np.empty(n_experts, np.bool_), np.empty((shares.size, n_experts), np.int64)
-    sums, room, total = (
-        np.empty((4, shares.size)),
-        np.empty((3, shares.size)),
-        np.empty(shares.size),
-    )
-    losses = np.empty(shares.size)
+    hot, doubt, value = np.empty(n_experts, np.bool_), np.empty(n_experts), np.empty(n_experts)
+    found, room = np.empty((shares.size, n_experts), np.int64), np.empty((3, shares.size))
+    sums, total, losses = np.empty((4, shares.size)), np.empty(shares.size), np.empty(shares.size)
     for layer in range(n_layers):
         c, count = chosen[layer] // (n_experts + 1), chosen[layer] % (n_experts + 1)
         for k in range(n_experts):
@@ -329,28 +333,22 @@ def buy_far(  # type: ignore[no-untyped-def]
         hot_variance, hot_load = 0.0, 0.0
         factor = rates[FAR_FACTOR, layer]
         for e in range(n_experts):
+            doubt[e] = (1.0 - active[layer, e]) / max(active[layer, e], 1e-12)
             if hot[e]:
                 own_s = widths[GPU_WEIGHT_S, index[c, layer, e]]
                 own_s *= rates[GPU_FACTOR, layer] * active[layer, e]
-                doubt = (1.0 - active[layer, e]) / max(active[layer, e], 1e-12)
-                hot_variance += own_s * own_s * doubt
+                hot_variance += own_s * own_s * doubt[e]
                 hot_load += load[layer, e]
         for i in range(shares.size):
             price, seconds, loss = shares[i] * rates[SECOND, layer], 0.0, 0.0
+            _cheapest(found[i], value, price, factor, far_s[layer], lost[layer])
             spread = hot_variance
             for e in range(n_experts):
-                b, lowest = 0, np.inf
-                for other in range(nb):
-                    value = price * (factor * far_s[layer, e, other]) + lost[layer, e, other]
-                    if value < lowest:
-                        b, lowest = other, value
-                found[i, e] = b
                 if not hot[e]:
-                    own_s = factor * far_s[layer, e, b]
+                    own_s = factor * far_s[layer, found[i, e], e]
                     seconds += own_s
-                    loss += lost[layer, e, b]
-                    doubt = (1.0 - active[layer, e]) / max(active[layer, e], 1e-12)
-                    spread += own_s * own_s * doubt
+                    loss += lost[layer, found[i, e], e]
+                    spread += own_s * own_s * doubt[e]
             sums[0, i], sums[1, i], sums[2, i] = gpu_s[layer, c, count], seconds, spread
             sums[3, i], losses[i] = hot_load, loss
         _layer_seconds(total, sums[0], sums[1], sums[2], sums[3], constants, room)

@@ -54,8 +54,8 @@ class Window(NamedTuple):
         table: nominal costs.
         in_place: the far device computes; else every miss is fetched.
         expected: routing.
-        far_s: [L, E, NB] from `far_seconds`.
-        lost: [L, E, NB] objective lost by serving the expert at that width, wherever it is.
+        far_s: [L, NB, E] from `far_seconds`.
+        lost: [L, NB, E] objective lost by serving the expert at that width, wherever it is.
         present: [L, E] bits of the copies in HBM, 0 = none: free to keep, and charged.
     """
 
@@ -123,7 +123,7 @@ def fillings(window: Window, prices: Prices) -> Fillings:
         ValueError: an array of ``prices`` is not of one entry per layer.
     """
     loops = _compiled()
-    n_layers, n_experts, nb = window.lost.shape
+    n_layers, nb, n_experts = window.lost.shape
     costs = np.empty((4, n_layers, nb + 2, n_experts + 1))
     choices = np.empty((2, nb + 2, n_layers, n_experts), dtype=np.int64)
     values = np.empty((2, nb + 2, n_layers, n_experts))
@@ -185,11 +185,12 @@ def _widths(table: CostTable) -> FloatArray:
 
 
 def far_seconds(table: CostTable, in_place: bool, expected: Forecast) -> FloatArray:
-    """[L, E, NB] expected seconds per step that an expert costs outside HBM.
+    """[L, NB, E] expected seconds per step that an expert costs outside HBM.
 
     Where the far device computes, for at least ``far_min_tokens``; else to fetch and read it.
     """
-    seconds = np.empty((*expected.load.shape, len(table.bits)))
+    n_layers, n_experts = expected.load.shape
+    seconds = np.empty((n_layers, len(table.bits), n_experts))
     _compiled().far_seconds(
         np.ascontiguousarray(expected.load), np.ascontiguousarray(expected.active), _widths(table),
         float(table.far_min_tokens), in_place, seconds,
@@ -205,13 +206,13 @@ def lost_at(
     remake: FloatArray,
     planned: IntArray,
 ) -> FloatArray:
-    """[L, E, NB] objective lost by serving an expert at a width.
+    """[L, NB, E] objective lost by serving an expert at a width.
 
     Args:
         table: has the widths.
         expected: has the experts' shares of gate energy.
-        loss: [L, E, NB] lost if all gate energy of the layer is served by that copy.
-        guard: [L, E, NB] lost whatever the energy.
+        loss: [L, NB, E] lost if all gate energy of the layer is served by that copy.
+        guard: [L, NB, E] lost whatever the energy.
         remake: [NB] lost by another width than the ``planned`` [L, E].
         planned: bits.
     """

@@ -95,8 +95,8 @@ class Facts(NamedTuple):
 
     Attributes:
         table: nominal costs.
-        loss: [L, E, NB] reward lost if all gate energy of a layer is served by that copy.
-        guard: [L, E, NB] reward lost by serving the expert so, whatever its energy.
+        loss: [L, NB, E] reward lost if all gate energy of a layer is served by that copy.
+        guard: [L, NB, E] reward lost by serving the expert so, whatever its energy.
         requantise_s: [NB] seconds to make a copy; 0 where replicas are stored.
         in_place: the far device computes.
         window: decode steps between two plans.
@@ -141,17 +141,17 @@ def facts_of(
 ) -> Facts:
     """The planner's constants for ``model`` on the nominal ``system``."""
     table = cost_table(model, system)
-    errors = np.asarray(rel_mse_table(model, system, quality), dtype=np.float64)
+    errors = np.asarray(rel_mse_table(model, system, quality), dtype=np.float64).swapaxes(1, 2)
     loss = quality_weight * quality.kappa * layer_weights(model)[:, None, None] * errors
     guard = np.zeros_like(loss)
     for layer, expert in model.super_experts:
         nats = SUPER_EXPERT_NATS / len(model.super_experts)
-        guard[layer, expert, table.bits <= 2] = quality_weight * nats
+        guard[layer, table.bits <= 2, expert] = quality_weight * nats
     remake = [requantise_s(model, system, bits) for bits in system.stored_bits]
     return Facts(
         table=table,
-        loss=loss,
-        guard=guard,
+        loss=np.ascontiguousarray(loss),
+        guard=np.ascontiguousarray(guard),
         requantise_s=np.array(remake),
         in_place=system.default_service.kind == "in_place",
         window=window,
@@ -339,7 +339,7 @@ def _first_guesses(facts: Facts, expected: Forecast, budget_bytes: float) -> tup
     table = facts.table
     middle = len(table.bits) // 2
     outside_s, sides = _outside_s(table, expected), np.ones(len(expected.load))
-    far_s = float(far_seconds(table, facts.in_place, expected)[..., middle].sum())
+    far_s = float(far_seconds(table, facts.in_place, expected)[:, middle].copy().sum())
     gpu_s = float(expected.active.sum() * table.gpu_weight_s[middle])
     gpu_s += len(sides) * float(table.gpu_launch_s[middle])
     room = max(budget_bytes, 1.0)

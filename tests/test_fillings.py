@@ -30,6 +30,7 @@ def window_of(seed, system=SYSTEM, model=MODEL, n_tokens=4.0):
     table = cost_table(model, system)
     routing = expected(shares(random_load(seed)), n_tokens, 2000.0, model.top_k)
     lost = np.sort(rng.exponential(1e-4, (*routing.load.shape, len(table.bits))), axis=-1)
+    lost = np.ascontiguousarray(lost.swapaxes(1, 2))
     present = rng.choice([0, 0, *table.bits], routing.load.shape)
     in_place = system.default_service.kind == "in_place"
     far_s = far_seconds(table, in_place, routing)
@@ -77,8 +78,8 @@ class LayerTwin:
     def __init__(self, window, prices, layer):
         self.window, self.prices, self.table = window, prices, window.table
         self.load, self.active = window.expected.load[layer], window.expected.active[layer]
-        self.lost, self.present = window.lost[layer], window.present[layer]
-        self.far_s = prices.far_factor * window.far_s[layer]
+        self.lost, self.present = window.lost[layer].T, window.present[layer]
+        self.far_s = prices.far_factor * window.far_s[layer].T
         self.overlap = window.table.overlap if window.in_place else 0.0
         self.experts, self.widths = range(len(self.load)), range(len(self.table.bits))
 

@@ -230,7 +230,7 @@ def test_a_layers_reward_is_what_the_windows_reward_lacks_without_it() -> None:
         speed = np.log(outcome.ref_decode_s / without)
         others = [i for i in range(L) if i != layer]
         error = (outcome.layer_error - outcome.ref_layer_error) / outcome.layer_energy
-        weights = facts_of(MODEL, SYSTEM, QualityModel(), 1.0, 4).loss[:, 0, -1]
+        weights = facts_of(MODEL, SYSTEM, QualityModel(), 1.0, 4).loss[:, -1, 0]
         weights = 3.0 * weights / weights.sum()
         rest = speed - 4.0 * (error * weights)[:, others].sum(axis=1)
         np.testing.assert_allclose(own[:, layer] / L, whole - rest, rtol=1e-9)
