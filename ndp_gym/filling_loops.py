@@ -321,7 +321,7 @@ def buy_far(  # type: ignore[no-untyped-def]
     ``shares`` [S] of the far device in the layer's time are tried; ``chosen`` are [L] flat indices
     into (C, E + 1). ``gpu_s``, ``ranking`` and ``index`` (of widths) are from `fill`.
     """
-    n_layers, nb, n_experts = lost.shape
+    n_layers, n_experts = active.shape
     best_share, best = np.empty(n_layers), np.empty((n_layers, n_experts), np.int64)
     hot, doubt, value = np.empty(n_experts, np.bool_), np.empty(n_experts), np.empty(n_experts)
     found, room = np.empty((shares.size, n_experts), np.int64), np.empty((3, shares.size))
