@@ -29,7 +29,8 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 
-_FIRST = (1.0, 3.0, 10.0)  # prices of a second, times that of the start: log time has many valleys
+FIRST = (1.0, 3.0, 10.0)
+"""Prices of a second to begin with, times that of the reference: log time has many valleys."""
 
 
 class Found(NamedTuple):
@@ -48,6 +49,7 @@ def search(
     starts: Sequence[Placement] = (),
     quality: QualityModel | None = None,
     quality_weight: float = 4.0,
+    first: Sequence[float] = FIRST,
     n_rounds: int = 2,
     seed: int = 0,
 ) -> Found:
@@ -61,7 +63,9 @@ def search(
         starts: placements to start from, beside all far and all in HBM.
         quality: error model; the default one if ``None``.
         quality_weight: reward lost per nat.
-        n_rounds: how often the price of a second is set anew, after six first guesses.
+        first: prices of a second that are tried first, from all far and from all in HBM each;
+            fewer save time where ``starts`` are good.
+        n_rounds: how often the price of a second is set anew after those.
         seed: of the order of moves.
     """
     climb = _Climb(window, model, system, quality or QualityModel(), quality_weight, seed)
@@ -74,7 +78,7 @@ def search(
         value, found = climb.evaluate(start)
         if value > best_value and climb.bytes_of(start) <= budget_bytes:
             best, best_value, outcome = start, value, found
-    firsts = [(choice, factor / reference_s) for choice in ends for factor in _FIRST]
+    firsts = [(choice, factor / reference_s) for choice in ends for factor in first]
     for turn in range(len(firsts) + n_rounds):
         later = best, 1.0 / float(outcome.decode_s)
         choice, climb.second_price = firsts[turn] if turn < len(firsts) else later

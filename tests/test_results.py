@@ -5,19 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ndp_gym.agent_file import load_agent
 from ndp_gym.scenarios import condition_tasks
 from policies.all_far import AllFar
 from policies.balance import Balance
-from train.results.conditions import Measured, agent_files, row_of
+from train.results.conditions import AGENTS, FORECAST, Measured, Table, row_of
+from train.results.contenders import agent_files, forecast_alone, heuristics, tunings_of
 from train.results.fronts import (
     Curve,
-    Gain,
     gain_at_equal_loss,
     gain_over_range,
     gains_at_budgets,
 )
 from train.results.measure import Run, run, shares_of
 from train.results.page import page
+from train.results.regret import Sample
 from train.results.resampling import Resampling, at_equal, interval
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +105,28 @@ def test_windows_and_shares_pair_whatever_the_policy() -> None:
 def fake(level: float, loss: float = 0.1) -> Run:
     return Run(
         speed=[np.full(2, level), np.full(1, level)], loss=[np.full(2, loss), np.full(1, loss)],
-        reward=[np.full(2, level), np.full(1, level)], decision_s=0.001,
+        reward=[np.full(2, level), np.full(1, level)], decision_s=0.001, services={"in_place"},
+    )  # fmt: skip
+
+
+def measured(level: float, forecast: float = 1.0, section: str = "rand") -> Measured:
+    """A section whose best heuristic has reward 1, with one window that 2 are to be had in."""
+    resampling = Resampling([np.full((n, 2), 0.5) for n in (2, 1)])
+    best, curve = fake(1.0), Curve(np.zeros((2, 2001)), np.zeros((2, 2001)))
+    sample = [Sample(episode=0, window=1, bound=2.25, found=2.0)]
+    table = Table(best, curve, resampling, sample, "in_place")
+    rows = [
+        row_of("balance, tuned", [best], table),
+        row_of(AGENTS, [fake(level)] * 5, table),
+        row_of(FORECAST, [fake(forecast)] * 5, table),
+    ]
+    tuning = {
+        "scores": {"reward": 1.0, "reward_untuned": 0.9, "spread_of_tunings": 0.01},
+        "tunings": [0, 1, 2],
+    }
+    return Measured(
+        section, 2, 2, "balance, tuned", rows, curve, None, {"balance": tuning},
+        {"balance, tuned": 0.75}, sample, "f" * 64,
     )  # fmt: skip
 
 
@@ -112,21 +135,57 @@ def fake(level: float, loss: float = 0.1) -> Run:
     [(1.1, "the agents are better"), (0.9, "the heuristic is better"), (1.0, "no difference")],
 )
 def test_the_page_says_who_is_better(level: float, verdict: str) -> None:
-    resampling = Resampling([np.full((n, 2), 0.5) for n in (2, 1)])
-    best, curve = fake(1.0), Curve(np.zeros((2, 2001)), np.zeros((2, 2001)))
-    rows = [
-        row_of("balance, tuned", [best], best, curve, resampling),
-        row_of("layer agents", [fake(level)] * 5, best, curve, resampling),
-    ]
-    tuning = {
-        "scores": {"reward": 1.0, "reward_untuned": 0.9, "spread_of_tunings": 0.01},
-        "tunings": [0, 1, 2],
-    }
-    measured = Measured("rand", 2, 2, "balance, tuned", rows, curve, None, {"balance": tuning})
-    text = page([measured])
+    found = measured(level)
+    text = page([found], "test", [], None)
     assert verdict in text
     assert "(5 seeds)" in text
-    assert Gain.of(rows[1].reward - rows[0].reward).value == pytest.approx(level - 1)
+    assert found.rows[1].gain.value == pytest.approx(level - 1)
+
+
+def test_the_page_tells_the_network_from_the_forecast() -> None:
+    found = measured(1.25, forecast=1.125)
+    assert found.network == pytest.approx((0.125, 0.125, 0.125))
+    text = page([found], "test", [], None)
+    assert "Their forecast alone: reward +0.1250" in text
+    assert "the network adds +0.1250 (+0.1250 to +0.1250).\n" in text
+    assert "What learning by trial adds" not in text
+    noise = page([measured(1.25, forecast=1.25)], "test", [], None)
+    assert "the network adds +0.0000 (+0.0000 to +0.0000), within the noise." in noise
+    assert "not shown to be more than noise under `rand`" in " ".join(noise.split())
+
+
+def test_every_row_has_its_regret() -> None:
+    lines = page([measured(1.25)], "test", [], None).splitlines()
+    cells = {line.split(" | ")[0]: line.split(" | ")[-3:-1] for line in lines if "ms" not in line}
+    assert cells["| **layer agents**"] == ["0.7500", "1.0000"]
+    assert cells["| `balance, tuned`"] == ["1.0000", "1.2500"]
+
+
+def test_another_quality_weight_says_how_its_best_heuristic_was_chosen() -> None:
+    text = page([measured(1.0, section="fix:quality")], "val", [], None)
+    assert "## `fix`: the default environment, quality weight `quality`" in text
+    assert "Reward on val at this weight: `balance, tuned` 0.7500. Best: `balance, tuned`." in text
+    assert "**A trial on val, not to be quoted.**" in text
+
+
+def test_untuned_and_tuned_heuristics_follow_the_price() -> None:
+    known = heuristics(tunings_of("rand"))
+    assert list(known) == [
+        "balance", "balance_feedback", "balance, tuned", "balance_feedback, tuned",
+    ]  # fmt: skip
+    assert known["balance"].at(2.0).knobs.price == 2.0
+    tuned = known["balance_feedback, tuned"]
+    assert tuned.at(0.5).knobs.price == pytest.approx(0.5 * tuned.constants["price"])
+
+
+def test_the_forecast_alone_has_a_network_that_says_nothing() -> None:
+    agent = load_agent(agent_files("rand")[0])
+    silent = forecast_alone(agent).agent
+    features = np.ones((3, len(agent.features)), np.float32)
+    assert np.abs(agent(features)).max() > 0
+    np.testing.assert_array_equal(silent(features), 0)
+    assert silent.base == agent.base
+    assert silent.forecast is agent.forecast
 
 
 @pytest.mark.parametrize("conditions", ["rand", "hidden", "drift"])

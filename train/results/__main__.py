@@ -10,26 +10,49 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+from ndp_gym.provenance import git_commit
 from ndp_gym.report import write_whole
-from train.results.conditions import CONDITIONS, Measured, measure
-from train.results.page import page
+from ndp_gym.reward import QUALITY_WEIGHTS
+from train.results.conditions import SECTIONS, Measured, measure
+from train.results.opened import note_opening, openings
+from train.results.page import TITLES, page
 from train.results.pictures import learning_curves
+
+OPENED = Path(__file__).with_name("opened.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison."""
     parser = argparse.ArgumentParser(prog="python -m train.results", description=__doc__)
-    parser.add_argument("--conditions", default=",".join(CONDITIONS), metavar="A,B")
-    parser.add_argument("--episodes", type=int, default=32, metavar="N", help="test episodes each")
+    parser.add_argument("--sections", default=",".join(SECTIONS), metavar="A,B",
+                        help="conditions, with :speed or :quality another weight")  # fmt: skip
+    parser.add_argument("--episodes", type=int, default=32, metavar="N", help="episodes each")
+    parser.add_argument("--regret-windows", type=int, default=4, metavar="N",
+                        help="windows of a section that regret is over")  # fmt: skip
+    parser.add_argument("--split", choices=("val", "test"), default="test",
+                        help="val to try the script; every run on test is noted")  # fmt: skip
+    parser.add_argument("--why", default="the tables of docs/results.md", metavar="TEXT",
+                        help="of opening test, for the note")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     args = parser.parse_args(argv)
-    names = args.conditions.split(",")
+    sections = args.sections.split(",")
+    for section in sections:
+        conditions, colon, weight = section.partition(":")
+        if conditions not in TITLES or (colon and weight not in QUALITY_WEIGHTS):
+            parser.error(
+                f"a section must be one of {', '.join(TITLES)}, alone or with one of "
+                f":{', :'.join(QUALITY_WEIGHTS)}, got {section!r}"
+            )
+    commit = git_commit()
+    is_test = args.split == "test"
+    noted = note_opening(OPENED, commit, args.why) if is_test else openings(OPENED)
+    job = partial(measure, n_episodes=args.episodes, split=args.split, n_regret=args.regret_windows)
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-        measured: list[Measured] = list(pool.map(partial(measure, n_episodes=args.episodes), names))
-    drawn = [each.conditions for each in measured if each.conditions != "fix"]
+        measured: list[Measured] = list(pool.map(job, sections))
+    drawn = [each.section for each in measured if not each.section.startswith("fix")]
     write_whole(args.out.parent / "img/results-learning.svg", learning_curves(drawn))
-    write_whole(args.out, page(measured))
+    write_whole(args.out, page(measured, args.split, noted, commit))
     print(f"wrote {args.out}")
     return 0
 

@@ -24,24 +24,31 @@ class Run:
         loss: ΔNLL less that of the reference, nats.
         reward: speed - quality_weight * loss.
         decision_s: mean seconds of a decision.
+        services: kinds of service that its plans used.
     """
 
     speed: list[FloatArray]
     loss: list[FloatArray]
     reward: list[FloatArray]
     decision_s: float
+    services: set[str]
 
 
 def run(policy: Policy, tasks: Sequence[Task]) -> Run:
     """``policy`` over all episodes."""
     speed, loss, reward, seconds = [], [], [], []
+    services: set[str] = set()
     for i, task in enumerate(tasks):
         measured = run_policy(policy, task, seed=i)
         speed.append(np.array(measured.terms["throughput"]))
         loss.append(-np.array(measured.terms["quality"]))
         reward.append(speed[-1] - task.quality_weight * loss[-1])
         seconds += measured.decision_s
-    return Run(speed=speed, loss=loss, reward=reward, decision_s=float(np.mean(seconds)))
+        services |= measured.services
+    return Run(
+        speed=speed, loss=loss, reward=reward, decision_s=float(np.mean(seconds)),
+        services=services,
+    )  # fmt: skip
 
 
 def shares_of(policy: Policy, tasks: Sequence[Task]) -> list[FloatArray]:

@@ -1,4 +1,4 @@
-"""``docs/results.md``: the tables, and what they say."""
+"""``docs/results.md``: the tables."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from train.results.conditions import Measured, Row
-from train.results.fronts import BUDGETS, PRICES, Gain, gain_over_range, gains_at_budgets
+from ndp_gym.provenance import package_versions
+from train.results.conditions import AGENTS, EPISODE_SEED, Measured, Row
+from train.results.fronts import BUDGETS, PRICES, gain_over_range, gains_at_budgets
+from train.results.opened import Opening
+from train.results.opened import table as opened_table
 from train.results.resampling import interval
+from train.results.words import cautions, gain_of, percent_of, summary
 
 TITLES = {
     "fix": "`fix`: the default environment",
@@ -21,78 +25,57 @@ OPENING = """\
 
 Written by `python -m train.results` from the agents in `policies/agents` and the tunings in
 `policies/tunings`, which `train/reproduce.sh` makes. All seconds are modeled, all losses predicted.
+{trial}
+How to read it. Every policy decodes the same {episodes} {split} episodes per condition, 64 windows
+of 16 steps each, on the bundled recording ({conversations} {split} conversations). In a window all
+of them face the same tokens, so differences are paired. *speed-up* is over all experts far at 4
+bit, the geometric mean over windows; *ΔNLL* is nats over that reference. Constants were tuned on
+train; the best of several tunings and of an agent's checkpoints was picked on val; test was opened
+for tables like these only, as often as is counted below. 95 % intervals resample episodes,
+conversations and, of agents, training seeds (pigeonhole bootstrap: on the wide side).
+*At equal ΔNLL*: throughput over that of the best heuristic, run at {prices} prices of a second and
+interpolated at the row's own loss; a dash where the row is off that curve. *won*: episodes with a
+higher reward. `oracle_balance` sees the next window; it is no bound. The small tables run agents at
+the same prices too and compare curve with curve: at budgets of ΔNLL over the reference, and as the
+geometric mean over all losses that both reach, which is the difference of their hypervolumes.
 
-How to read it. Every policy decodes the same {episodes} test episodes per condition, 64 windows of
-16 steps each, on the bundled recording ({conversations} test conversations). In a window all of
-them face the same tokens, so differences are paired. *speed-up* is over all experts far at 4 bit,
-the geometric mean over windows; *ΔNLL* is nats over that reference. Constants were tuned on train;
-the best of several tunings and of an agent's checkpoints was picked on val; test was opened for
-this page only. 95 % intervals resample episodes, conversations and, of agents, training seeds
-(pigeonhole bootstrap: on the wide side). *At equal ΔNLL*: throughput over that of the best tuned
-heuristic, run at {prices} prices of a second and interpolated at the row's own loss; a dash where
-the row is off that curve. *won*: episodes with a higher reward. `oracle_balance` sees the next
-window; it is no bound. The small tables run agents at the same prices too and compare curve with
-curve: at budgets of ΔNLL over the reference, and as the geometric mean over all losses that both
-reach, which is the difference of their hypervolumes.
+*Regret* is the reward that a row leaves, to the plan that a clairvoyant local search finds for the
+window (`ndp_gym.local_search`) and to a proved bound (`ndp_gym.bound`), both with copies that
+arrive for free. They take ten seconds a window, so regret is the mean over {sampled} windows of a
+section, one in each of as many episodes, the same for all rows: compare rows, not its level.
+Machines that drift are no obstacle: every window is bounded for the machine and the HBM that it ran
+on.
 
-Under `fix` the agents are those that were trained under `rand`. Every agent bends the tuned
-`balance_feedback`; the windows that agents and tunings had stand in `train/experiments` and
-`train/reproduce.sh`.
-
-## What not to conclude
-
-- One small model's routing with the sizes of a 16B-class model, and {conversations} test
-  conversations: agents for your model have to be trained on its recording.
-- The lead is about half a percent of throughput, small beside what tuning brings (`fix`) and beside
-  what `oracle_balance` gains by knowing the next window. Nearly all of it is the fitted forecast:
-  on val, agents without their network gain almost as much; what reinforcement learning adds is
-  within the noise.
-- Conditions are drawn from ranges that are partly assumed (`ndp_gym/conditions.py`).
+*forecast alone* is the agents' files with the weights of their networks set to zero: what is left
+is the planner they bend and their fitted forecast of routing. Under `fix` the agents are those that
+were trained under `rand`. Every agent bends the tuned `balance_feedback`; the windows that agents
+and tunings had stand in `train/experiments` and `train/reproduce.sh`.
 """
 HEAD = (
-    "policy | reward (95 %) | gain over best tuned (95 %) | won | speed-up | ΔNLL | "
-    "throughput at equal ΔNLL (95 %) | ms / decision"
+    "policy | reward (95 %) | gain over best heuristic (95 %) | won | speed-up | ΔNLL | "
+    "throughput at equal ΔNLL (95 %) | regret to search | regret to bound | ms / decision"
 )
 
 
-def page(measured: Sequence[Measured]) -> str:
+def page(measured: Sequence[Measured], split: str, noted: list[Opening], commit: str | None) -> str:
     """The whole page."""
     first = measured[0]
+    trial = "" if split == "test" else f"\n**A trial on {split}, not to be quoted.**\n"
     opening = OPENING.format(
-        episodes=first.n_episodes, conversations=first.n_conversations, prices=len(PRICES)
-    )
-    sections = [line for each in measured for line in _section(each)]
-    return "\n".join([opening, *_summary(measured), *sections]).rstrip() + "\n"
-
-
-def _summary(measured: Sequence[Measured]) -> Iterator[str]:
-    yield "## In short"
-    yield ""
-    for each in measured:
-        agents = next((row for row in each.rows if row.seeds), None)
-        if agents is None:
-            yield f"- `{each.conditions}`: no agents."
-            continue
-        yield (
-            f"- `{each.conditions}`: layer agents ({len(agents.seeds)} seeds) against "
-            f"`{each.best}`: reward {_gain(agents.gain)}, throughput at equal ΔNLL "
-            f"{_percent(agents.equal)}; {_verdict(agents.gain)}."
-        )
-    yield ""
-    yield "![reward on val while agents train](img/results-learning.svg)"
-    yield ""
-
-
-def _verdict(gain: Gain) -> str:
-    if gain.low > 0:
-        return "the agents are better"
-    return "the heuristic is better" if gain.high < 0 else "no difference is shown"
+        episodes=first.n_episodes, conversations=first.n_conversations, prices=len(PRICES),
+        split=split, trial=trial, sampled=len(first.sample),
+    )  # fmt: skip
+    lines = [opening, *cautions(measured), "", *summary(measured), ""]
+    lines += ["![reward on val while agents train](img/results-learning.svg)", ""]
+    lines += [line for each in measured for line in _section(each)]
+    return "\n".join([*lines, *_provenance(first, noted, commit)]).rstrip() + "\n"
 
 
 def _section(measured: Measured) -> Iterator[str]:
-    yield f"## {TITLES[measured.conditions]}"
+    conditions, _, weight = measured.section.partition(":")
+    yield f"## {TITLES[conditions]}" + (f", quality weight `{weight}`" if weight else "")
     yield ""
-    yield from _tuned(measured)
+    yield from _chosen(measured, weight)
     yield ""
     columns = HEAD.split(" | ")
     yield f"| {' | '.join(columns)} |"
@@ -102,7 +85,7 @@ def _section(measured: Measured) -> Iterator[str]:
     yield ""
     yield from _budgets(measured)
     for row in measured.rows:
-        if row.seeds:
+        if row.name == AGENTS and row.seeds:
             seeds = ", ".join(f"{reward:.4f}" for reward in row.seeds)
             yield f"Training seeds of the agents, reward: {seeds}."
             yield ""
@@ -113,7 +96,7 @@ def _budgets(measured: Measured) -> Iterator[str]:
     if measured.agents_curve is None:
         return
     curves = measured.agents_curve, measured.curve
-    cells = [_percent(gain) for gain in (*gains_at_budgets(*curves), gain_over_range(*curves))]
+    cells = [percent_of(gain) for gain in (*gains_at_budgets(*curves), gain_over_range(*curves))]
     heads = [f"{budget:g} nats" for budget in BUDGETS]
     yield f"| agents over `{measured.best}`, throughput | {' | '.join(heads)} | all losses |"
     yield f"|{'---|' * (len(cells) + 1)}"
@@ -121,7 +104,16 @@ def _budgets(measured: Measured) -> Iterator[str]:
     yield ""
 
 
-def _tuned(measured: Measured) -> Iterator[str]:
+def _chosen(measured: Measured, weight: str) -> Iterator[str]:
+    """How the best heuristic was chosen."""
+    if weight:
+        scores = ", ".join(f"`{name}` {value:.4f}" for name, value in measured.val.items())
+        yield (
+            "Nothing was tuned or trained for this weight alone: heuristics have the constants "
+            "tuned at `balanced`, agents saw all three weights while they trained. Reward on val "
+            f"at this weight: {scores}. Best: `{measured.best}`."
+        )
+        return
     spreads = "; ".join(
         f"`{name}` {tuning['scores']['reward']:.4f} "
         f"(untuned {tuning['scores']['reward_untuned']:.4f}, "
@@ -134,23 +126,28 @@ def _tuned(measured: Measured) -> Iterator[str]:
 def _cells(row: Row, best: str) -> list[str]:
     low, high = interval(row.reward)
     is_best = row.name == best
+    name = f"**{row.name}**" if row.name == AGENTS else row.name
     return [
-        f"**{row.name}**" if row.seeds else f"`{row.name}`",
+        name if row.seeds else f"`{name}`",
         f"{row.reward[0]:.4f} ({low:.3f} to {high:.3f})",
-        "-" if is_best else _gain(row.gain),
+        "-" if is_best else gain_of(row.gain),
         "-" if is_best else f"{row.won:.0%}",
         f"{np.exp(row.speed[0]):.3f}",
         f"{row.loss[0]:+.4f}",
-        "-" if is_best else _percent(row.equal),
+        "-" if is_best else percent_of(row.equal),
+        *("-" if np.isnan(regret) else f"{regret:.4f}" for regret in row.regret),
         f"{1e3 * row.decision_s:.1f}",
     ]
 
 
-def _gain(gain: Gain) -> str:
-    return f"{gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
-
-
-def _percent(gain: Gain) -> str:
-    if not np.isfinite(gain.value):
-        return "-"
-    return f"{gain.value:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
+def _provenance(first: Measured, noted: list[Opening], commit: str | None) -> Iterator[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    yield "## Provenance"
+    yield ""
+    yield f"Commit `{commit or 'unknown'}`; {versions}. Recording sha256 `{first.trace_sha256}`."
+    yield f"Episodes are drawn with seed {EPISODE_SEED}. Commits and recordings that the agents and"
+    yield "the tunings come from stand in their cards."
+    yield ""
+    yield f"Test was opened {len(noted)} times (`train/results/opened.json`):"
+    yield ""
+    yield from opened_table(noted)

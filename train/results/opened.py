@@ -1,0 +1,43 @@
+"""How often a test split was opened: a list beside the script, to which every run adds itself."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypedDict
+
+from ndp_gym.report import write_whole
+
+
+class Opening(TypedDict):
+    """One run over test: the day, the commit that ran (or that holds what it wrote), and why."""
+
+    date: str
+    commit: str | None
+    why: str
+
+
+def openings(path: Path) -> list[Opening]:
+    """Those noted so far, the first one first; none where there is no file."""
+    if not path.is_file():
+        return []
+    found: list[Opening] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def note_opening(path: Path, commit: str | None, why: str) -> list[Opening]:
+    """Add one, before anything is measured, since a run that fails has seen test too."""
+    today = datetime.now(UTC).date().isoformat()
+    noted = [*openings(path), Opening(date=today, commit=commit, why=why)]
+    write_whole(path, json.dumps(noted, indent=1) + "\n")
+    return noted
+
+
+def table(noted: list[Opening]) -> list[str]:
+    """The lines of a markdown table."""
+    rows = [
+        f"| {number} | {opening['why']} | `{(opening['commit'] or 'unknown')[:12]}` |"
+        for number, opening in enumerate(noted, 1)
+    ]
+    return ["| opening | why | commit |", "|---|---|---|", *rows]

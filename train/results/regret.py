@@ -1,0 +1,89 @@
+"""Regret of rows: to what a clairvoyant search reaches, and to a proved bound, window by window.
+
+All policies of a comparison decode the same tokens in a window, on the same machine and in the same
+HBM, whatever happens on the way; so both hold under every kind of conditions. They let copies
+arrive for free and are slow, hence a sample of windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ndp_gym.bound import WindowBound, window_bound
+from ndp_gym.local_search import search
+from ndp_gym.plan import FAR, HBM, Placement
+from ndp_gym.policy import Policy
+from ndp_gym.regret import recorded_window
+from ndp_gym.rollout import Replayed, Task, run_policy
+from train.results.measure import Run
+
+FIRST, N_ROUNDS = (3.0,), 1  # a quarter of the search's default, as good from these starts
+
+
+class Sample(NamedTuple):
+    """One window: where it is, the most that a plan can earn there, and what a found one does."""
+
+    episode: int
+    window: int
+    bound: float
+    found: float
+
+
+class Regret(NamedTuple):
+    """Means over the sample; nan where the row uses a service that was not bounded."""
+
+    to_found: float
+    to_bound: float
+
+
+def sampled(clairvoyant: Policy, tasks: Sequence[Task], n_windows: int, seed: int) -> list[Sample]:
+    """Bound and search in one window each of ``n_windows`` episodes, spread over ``tasks``.
+
+    The search starts from the plan of ``clairvoyant`` and from the optimum of the relaxed problem.
+    """
+    places = np.linspace(0, len(tasks) - 1, min(n_windows, len(tasks))).astype(np.int64)
+    rng = np.random.default_rng(seed)
+    found = []
+    for episode in places.tolist():
+        task, windows = tasks[episode], list[Replayed]()
+        run_policy(clairvoyant, task, seed=episode, watch=windows.append)
+        window = int(rng.integers(len(windows)))
+        found.append(Sample(episode, window, *_best_of(task, windows[window])))
+    return found
+
+
+def _best_of(task: Task, replayed: Replayed) -> tuple[float, float]:
+    window = recorded_window(task, replayed)
+    bound = window_bound(
+        window, task.model, replayed.system, budget_bytes=replayed.budget_bytes,
+        quality=task.quality, quality_weight=task.quality_weight,
+        kinds=(task.system.default_service.kind,),
+    )  # fmt: skip
+    planned = replayed.plan.placement
+    reached = search(
+        window, task.model, replayed.system, budget_bytes=replayed.budget_bytes,
+        quality=task.quality, quality_weight=task.quality_weight,
+        starts=[planned, relaxed(bound, planned)], first=FIRST, n_rounds=N_ROUNDS,
+    )  # fmt: skip
+    return bound.reward, reached.reward
+
+
+def relaxed(bound: WindowBound, else_: Placement) -> Placement:
+    """What the relaxed optimum pins, and the widths of ``else_`` for what it leaves far."""
+    is_pinned = bound.pinned > 0
+    return Placement(
+        tier=np.where(is_pinned, HBM, FAR).astype(np.uint8),
+        bitwidth=np.where(is_pinned, bound.pinned, else_.bitwidth).astype(np.uint8),
+    )
+
+
+def regret_of(runs: Sequence[Run], sample: Sequence[Sample], service: str) -> Regret:
+    """Of a row, mean over its runs; ``service`` is the kind that the sample was bounded for."""
+    if not sample or any(run.services != {service} for run in runs):
+        return Regret(np.nan, np.nan)
+    earned = np.array([[run.reward[s.episode][s.window] for s in sample] for run in runs])
+    found, bound = (np.array([getattr(s, name) for s in sample]) for name in ("found", "bound"))
+    return Regret(float((found - earned).mean()), float((bound - earned).mean()))
