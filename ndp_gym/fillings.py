@@ -152,9 +152,11 @@ def _packed(window: Window, prices: Prices) -> Packed:
     rates = np.empty((len(_RATES), len(window.lost)))
     for row, name in zip(rates, _RATES, strict=True):
         value = getattr(prices, name)
-        if np.shape(value) not in ((), row.shape):
-            raise ValueError(f"{name} must be one number or [{row.size}], not {np.shape(value)}")
-        row[:] = value
+        try:
+            row[:] = value
+        except ValueError:
+            shape = np.shape(value)
+            raise ValueError(f"{name} must be one number or [{row.size}], not {shape}") from None
     constants = np.array(
         [
             table.gpu_token_s,

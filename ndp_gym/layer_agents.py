@@ -40,7 +40,10 @@ ACTIONS = ("far_value", "price", "hysteresis", "mix")
 """
 
 
-_ADMITTED, _BUDGET = map(CONTEXT_NAMES.index, ("n_admitted", "hbm_budget_bytes"))
+_ADMITTED, _LIVE, _MEAN_CONTEXT, _BUDGET = (
+    CONTEXT_NAMES.index(name)
+    for name in ("n_admitted", "n_live", "mean_context", "hbm_budget_bytes")
+)
 
 
 class Decided(NamedTuple):
@@ -173,20 +176,22 @@ class LayerAgents:
             raise ValueError("actions of layer agents must be finite, got nan or inf")
         if self._seen is None:
             raise ValueError("observe() must come before decide()")
-        observations, routing, share = self._seen
+        observations, seen, share = self._seen
         clipped: FloatArray = np.asarray(actions, np.float64).clip(-1, 1)
-        mixed = self._forecaster.mixed(routing, clipped[..., ACTIONS.index("mix")])
+        mixed = self._forecaster.mixed(seen, clipped[..., ACTIONS.index("mix")])
         is_near = observations["tier"] == HBM
         present = np.where(is_near, observations["bitwidth"], 0).astype(np.int64)
-        usual, own = self._forecasts(share), self._forecasts(mixed)
+        usual, own = self._energy(share), self._energy(mixed)
         shape = share.shape
         decided = Decided(np.empty(shape, np.uint8), np.empty(shape, np.uint8), np.empty(shape))
         for lane, (tier, bits, order) in enumerate(zip(*decided, strict=True)):
-            far_value, price, hysteresis, _ = clipped[lane].T
-            nudges = Nudges(own[lane], 2.0**far_value, 2.0**price, 16.0**hysteresis)
-            plan = self._plan(
-                lane, usual[lane], present[lane], nudges if clipped[lane].any() else None
-            )
+            nudges = None
+            if clipped[lane].any():
+                far_value, price, hysteresis, _ = clipped[lane].T
+                bent = self._expected(lane, mixed[lane], own[lane])
+                nudges = Nudges(bent, 2.0**far_value, 2.0**price, 16.0**hysteresis)
+            routing = self._expected(lane, share[lane], usual[lane])
+            plan = self._plan(lane, routing, present[lane], nudges)
             tier[...], bits[...] = plan.placement.tier, plan.placement.bitwidth
             order[...] = plan.migration_order
         self.ordered(decided.tier, decided.bits)
@@ -198,20 +203,24 @@ class LayerAgents:
         self._planned = bits.astype(np.int64)
         self._speeds.expect(self._seen[0], tier, bits)
 
-    def _forecasts(self, share: FloatArray) -> list[Forecast]:
-        """What each lane expects if ``share`` [N, L, E] is its routing."""
+    def _energy(self, share: FloatArray) -> FloatArray:
+        """[N, L, E] expected shares of gate energy if ``share`` is the routing of the lanes."""
         assert self._seen is not None
         observations, routing, _ = self._seen
         load = observations["ema_load"].astype(np.float64)
-        energy, is_seen = np.empty(share.shape), load.any(axis=-1).all(axis=-1)
-        for lanes in (is_seen, ~is_seen):
+        energy, has_load = np.empty(share.shape), load.any(axis=-1).all(axis=-1)
+        for lanes in (has_load, ~has_load):
             if lanes.any():
                 energy[lanes] = self._blend.energy(share[lanes], routing.gates[lanes], load[lanes])
-        context = observations["context"]
-        n_live = np.maximum(entry(context, "n_live"), 1.0)
-        tokens = n_live * entry(context, "mean_context")
-        lanes_of = zip(share, n_live.tolist(), tokens.tolist(), energy, strict=True)
-        return [expected(s, n, c, self._top_k)._replace(energy=e) for s, n, c, e in lanes_of]
+        return energy
+
+    def _expected(self, lane: int, share: FloatArray, energy: FloatArray) -> Forecast:
+        """What one lane expects if ``share`` [L, E] is its routing."""
+        assert self._seen is not None
+        context = self._seen[0]["context"][lane]
+        n_live = max(float(context[_LIVE]), 1.0)
+        n_tokens = n_live * float(context[_MEAN_CONTEXT])
+        return expected(share, n_live, n_tokens, self._top_k)._replace(energy=energy)
 
     def _plan(
         self, lane: int, routing: Forecast, present: NDArray[np.int64], nudges: Nudges | None
