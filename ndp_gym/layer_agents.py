@@ -113,7 +113,6 @@ class LayerAgents:
         self._lane_facts = [facts] * n_lanes
         self._lane_told = [self._told] * n_lanes
         self._nominal = LaneFacts(facts, n_lanes)
-        self._facts = self._nominal
         self._speeds = LaneSpeeds(n_lanes, model.top_k, gain)
         self._weights = layer_weights(model)
         self._forecaster = LaneForecaster(n_lanes, self._shape, profile, self._blend, learned)
@@ -140,22 +139,28 @@ class LayerAgents:
         self._guesses[lane] = None
 
     def observe(
-        self, observations: Observations, only: Sequence[int] | None = None
+        self,
+        observations: Observations,
+        only: Sequence[int] | None = None,
+        n_shown: int | None = None,
     ) -> NDArray[np.float32]:
         """[N, L, F] scaled features from observations [N, ...], clipped to [-5, 5].
 
         Call it once per window. Where some lanes have been reset since, a second call names
-        ``only`` those, so that the others do not count their last window twice.
+        ``only`` those, so that the others do not count their last window twice. Of the first
+        ``n_shown`` lanes alone, [n_shown, L, F], where nobody looks at the others.
         """
         if only is None:
             self._speeds.learn(observations, self._nominal)
-        factors = self._speeds.factors
-        self._facts = self._nominal.scaled(factors)
         routing = self._forecaster(observations, only)
-        share = routing.expected
-        estimate = self._estimate(observations, share)
-        self._seen = observations, routing, share
-        columns = features_of(observations, routing, estimate, self._facts, self._weights, factors)
+        self._seen = observations, routing, routing.expected
+        shown = slice(n_shown)
+        observations = {name: array[shown] for name, array in observations.items()}
+        routing = Routing(*(array[shown] for array in routing))
+        factors = self._speeds.factors[shown]
+        facts = self._nominal.scaled(factors)
+        estimate = self._estimate(observations, routing.expected, facts)
+        columns = features_of(observations, routing, estimate, facts, self._weights, factors)
         seen = np.empty((*routing.base.shape[:2], len(self.features)))
         for i, name in enumerate(self.features):
             seen[..., i] = columns[name]
@@ -243,9 +248,11 @@ class LayerAgents:
         )
         return plan
 
-    def _estimate(self, observations: Observations, share: FloatArray) -> Estimate:
+    def _estimate(
+        self, observations: Observations, share: FloatArray, facts: LaneFacts
+    ) -> Estimate:
         """Nominal seconds of a decode step for the expected routing, and what was measured."""
-        facts, context = self._facts, observations["context"]
+        context = observations["context"]
         table = facts.shared.table
         n_tokens = np.maximum(entry(context, "n_live"), 1.0)
         load, active = _expected(share, n_tokens, self._top_k)

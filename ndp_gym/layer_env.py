@@ -222,8 +222,8 @@ class LayerVecEnv(_Agents):
     def _observe(self, restarted: Sequence[int] = ()) -> NDArray[np.float32]:
         """[N * L, F]; after a first look at this window only ``restarted`` lanes learn anew."""
         only = [lane + twin for lane in restarted for twin in (0, self.n_copies)]
-        features = self.agents.observe(self.lanes.observe(), only=only or None)
-        return features[: self.n_copies].reshape(self.num_envs, -1)
+        features = self.agents.observe(self.lanes.observe(), only or None, self.n_copies)
+        return features.reshape(self.num_envs, -1)
 
 
 class LayerVecEnvs(_Agents):

@@ -50,19 +50,24 @@ class LaneFacts:
             getattr(self, name)[lane] = getattr(facts.table, name)
 
     def scaled(self, factors: FloatArray) -> LaneFacts:
-        """Of machines whose GPU, far device and link take ``factors`` [N, 3] times as long."""
-        found = copy(self)
+        """Of machines whose GPU, far device and link take ``factors`` [n, 3] times as long.
+
+        Of the first n lanes.
+        """
+        found, n = copy(self), len(factors)
+        for name in _OF_TABLE:
+            setattr(found, name, getattr(self, name)[:n])
         gpu, far, link = factors.T
-        found.gpu_weight_s = self.gpu_weight_s * gpu[:, None]
-        found.gpu_token_s = self.gpu_token_s * gpu
-        found.layer_s = self.layer_s * gpu[:, None]
-        found.kv_token_s = self.kv_token_s * gpu
-        found.dense_layer_s = self.dense_layer_s * gpu
-        found.head_s = self.head_s * gpu
-        found.far_weight_s = self.far_weight_s * far[:, None]
-        found.far_token_s = self.far_token_s * far[:, None]
-        found.copy_s = self.copy_s * link[:, None]
-        found.activation_token_s = self.activation_token_s * link
+        found.gpu_weight_s = found.gpu_weight_s * gpu[:, None]
+        found.gpu_token_s = found.gpu_token_s * gpu
+        found.layer_s = found.layer_s * gpu[:, None]
+        found.kv_token_s = found.kv_token_s * gpu
+        found.dense_layer_s = found.dense_layer_s * gpu
+        found.head_s = found.head_s * gpu
+        found.far_weight_s = found.far_weight_s * far[:, None]
+        found.far_token_s = found.far_token_s * far[:, None]
+        found.copy_s = found.copy_s * link[:, None]
+        found.activation_token_s = found.activation_token_s * link
         return found
 
     def _repeated(self, value: Any) -> FloatArray:

@@ -108,6 +108,19 @@ def test_a_copy_decides_as_it_would_alone() -> None:
             lanes.advance(*mine)
 
 
+def test_lanes_that_nobody_looks_at_are_planned_for_all_the_same() -> None:
+    lanes, rng = lanes_of(), np.random.default_rng(4)
+    agents, blind = agents_of(lanes), agents_of(lanes)
+    for _ in range(3):
+        observations, actions = lanes.observe(), actions_of(rng)
+        features = agents.observe(observations)
+        np.testing.assert_array_equal(blind.observe(observations, n_shown=2), features[:2])
+        decided = agents.decide(actions)
+        for one, other in zip(blind.decide(actions), decided, strict=True):
+            np.testing.assert_array_equal(one, other)
+        lanes.advance(*decided)
+
+
 def test_a_lane_told_another_machine_decides_as_agents_made_for_it() -> None:
     trace = open_trace()
     model, system = presets.model("minimoe-16b"), presets.system("h100_cxl_seed_ndp")
