@@ -1,0 +1,156 @@
+"""Agents of one, many and other models: who is trained on what, the halves, and what is said."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ndp_gym.inputs import bundled_trace_path
+from ndp_gym.trace import RoutingTrace, TraceMetadata
+from tests.toy_evaluation import requests_of
+from train.models import agents
+from train.models.__main__ import main
+from train.models.agents import Sizes, train_agent, trained_on
+from train.models.evaluate import (
+    FORECAST,
+    LEFT_OUT,
+    OWN,
+    PLANNER,
+    SHARED,
+    UNTUNED,
+    Line,
+    compared,
+    evaluate,
+)
+from train.models.page import page
+from train.models.recordings import Recording, prepared, profile_of
+from train.results.fronts import Gain
+from train.results.measure import Run
+from train.results.opened import Opening
+from train.results.resampling import Resampling
+
+SIZES = Sizes(n_windows=64, seed=3)
+
+
+def recording(title: str, n_experts: int = 8, **changes: Any) -> Recording:
+    paths = {"path": Path(title), "fitted": Path("f"), "held_out": Path("h"), **changes}
+    return Recording(title=title, shape=(2, n_experts, 2), **paths)
+
+
+def test_every_model_has_its_agent_and_one_that_never_saw_it() -> None:
+    a, b, c = recording("a"), recording("b", 64), recording("c")
+    found = trained_on([a, b, c])
+    assert next(iter(found)) == "own_b"  # the costly one first
+    assert found == {
+        "own_a": [a], "own_b": [b], "own_c": [c], "all": [a, b, c],
+        "without_a": [b, c], "without_b": [a, c], "without_c": [a, b],
+    }  # fmt: skip
+    assert trained_on([a]) == {"own_a": [a]}
+
+
+def short_trace() -> RoutingTrace:
+    """Three requests of 80 rows, two layers; experts are drawn with weights that fall."""
+    rng = np.random.default_rng(0)
+    scores = rng.gumbel(size=(240, 2, 8)) - 0.4 * np.arange(8)
+    ids = np.argsort(-scores, axis=2)[:, :, :2]
+    facts: dict[str, Any] = {"model": "short", "n_experts": 8, "top_k": 2}
+    return RoutingTrace.from_arrays(ids, requests_of([80] * 3), TraceMetadata(**facts))
+
+
+def test_a_short_recording_is_halved_and_drawn_long(tmp_path: Path) -> None:
+    trace = short_trace()
+    found = prepared("Short", trace, tmp_path, 20, 12)
+    assert found.fitted is not None
+    assert found.held_out is not None
+    fitted, held_out = RoutingTrace.open(found.fitted), RoutingTrace.open(found.held_out)
+    np.testing.assert_array_equal(fitted.expert_ids[:40], trace.expert_ids[:40])
+    np.testing.assert_array_equal(held_out.expert_ids[:40], trace.expert_ids[40:80])
+    drawn = RoutingTrace.open(found.path)
+    assert np.bincount(drawn.requests.split).tolist() == [10, 5, 5]
+    assert drawn.n_rows == 20 * 16  # 12 decode rows and a prompt of a third of that
+    assert found.shape == (2, 8, 2)
+    profile = profile_of(found.fitted)
+    np.testing.assert_allclose(profile.sum(axis=1), 2)  # every token has two experts
+    decoded = fitted.expert_ids[np.r_[10:40, 50:80, 90:120], 0]  # ten rows of each are its prompt
+    assert profile[0, 0] == pytest.approx((decoded == 0).sum() / 90)
+
+
+def test_a_recording_with_splits_is_used_as_it_is(tmp_path: Path, tiny_trace: RoutingTrace) -> None:
+    found = prepared("Tiny", tiny_trace, tmp_path, 20, 12)
+    assert (found.fitted, found.held_out) == (None, None)
+    np.testing.assert_array_equal(RoutingTrace.open(found.path).expert_ids, tiny_trace.expert_ids)
+
+
+def constant(level: float) -> Run:
+    values = [np.full(2, level), np.full(1, level)]
+    return Run(speed=values, loss=values, reward=values, decision_s=0.0, services=set())
+
+
+def test_gains_are_over_the_tuned_planner() -> None:
+    resampling = Resampling([np.full((n, 2), 0.5) for n in (2, 1)])
+    levels = {PLANNER: 1.0, UNTUNED: 0.75, OWN: 1.5, SHARED: 1.25}
+    planner, gains, shared = compared(
+        {name: constant(level) for name, level in levels.items()}, resampling
+    )
+    assert planner == 1.0
+    assert {name: gain.value for name, gain in gains.items()} == {
+        UNTUNED: -0.25, OWN: 0.5, SHARED: 0.25,
+    }  # fmt: skip
+    assert shared == pytest.approx((-0.25, -0.25, -0.25))
+
+
+def line(title: str, own: float, shared: float, left_out: float, **changes: Any) -> Line:
+    sure = {OWN: own, SHARED: shared, LEFT_OUT: left_out, UNTUNED: 0.0, FORECAST: 0.0}
+    gains = {name: Gain(value, value - 0.01, value + 0.01) for name, value in sure.items()}
+    less = Gain(shared - own, 0.0, 0.0)
+    return Line(recording(title, **changes), 64, 24, 0.5, gains, less, {OWN: 0.125}, (4, 525))
+
+
+def test_the_page_counts_where_agents_are_above_and_below() -> None:
+    lines = [
+        line("a", 0.03, 0.025, -0.02), line("b", 0.03, 0.0, 0.005, held_out=None),
+    ]  # fmt: skip
+    noted = [Opening(date="2026-01-01", commit=None, why="x")]
+    text = page(lines, SIZES, "python -m train.models", "test", 16, noted, None)
+    assert "The own agent against the planner: above it on 2 of 2 models, no difference" in text
+    assert (
+        "The left-out agent against the planner: above it on 0 of 2 models, below it on a, "
+        "no difference shown on 1." in text
+    )
+    assert "is within 0.01 of the own one on 1 of 2 models; not on b." in text
+    assert re.search(r"^\| a \(synthetic\) \| 2 x 8, 2 \| 24, 64 \| 0\.5000 \| ", text, re.M)
+    assert re.search(r"^\| b \| 2 x 8, 2 ", text, re.M)
+    assert "| a | 4, 525 | - | +0.1250 | - | - |" in text
+    assert "opened 1 times" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--models", "Nobody"], "a model must be one of Mixtral-8x7B, .*, got 'Nobody'"),
+        (["--recordings", "nowhere"], "Mixtral-8x7B needs .* below nowhere, which has none"),
+    ],
+)
+def test_what_is_not_there_is_one_sentence(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    assert re.fullmatch(said + "\n", capsys.readouterr().err)
+
+
+def test_an_agent_is_trained_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.ppo.fit_weights", lambda *args: None)
+    monkeypatch.setattr(agents, "LANES", 2)
+    monkeypatch.setattr(agents, "N_STEPS", 8)
+    monkeypatch.setattr(agents, "VAL_EPISODES", 2)
+    monkeypatch.setattr("train.models.evaluate.EPISODE_WINDOWS", 8)
+    mine = Recording("bundled", bundled_trace_path(), None, None, (8, 64, 6))
+    best, _ = train_agent("own_bundled", [mine], tmp_path, Sizes(n_windows=16, seed=3))
+    assert "windows" in (tmp_path / "own_bundled/log.txt").read_text()
+    found = evaluate(mine, {"own_bundled": best}, "val", 1)
+    assert found.gains.keys() == {UNTUNED, OWN, FORECAST}
+    assert found.gains[FORECAST].value == pytest.approx(0.0, abs=1e-3)  # nothing was fitted
+    assert found.shared is None
+    assert found.real is None

@@ -1,0 +1,1 @@
+"""``python -m train.models``: agents of one model, of many, and of all but the one they run on."""

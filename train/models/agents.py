@@ -1,0 +1,84 @@
+"""Which agents are trained on which recordings, and one training run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.models.recordings import Recording
+from train.ppo import Args, train
+
+BASE = "balance_feedback_rand"
+"""The shipped tuning that all agents bend; found on the bundled recording."""
+
+ALL = "all"
+MINIBATCHES = 8  # of an update: as many gradient steps whatever the number of layers
+N_STEPS = 32
+LANES = 16  # copies of the environment, over all recordings of a run
+VAL_EPISODES = 8  # likewise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What a run has: decode windows over all its recordings, and a seed."""
+
+    n_windows: int
+    seed: int
+
+
+def own(recording: Recording) -> str:
+    """Name of the agent of this model alone."""
+    return f"own_{recording.title}"
+
+
+def without(recording: Recording) -> str:
+    """Name of the agent of all models but this one."""
+    return f"without_{recording.title}"
+
+
+def trained_on(recordings: Sequence[Recording]) -> dict[str, list[Recording]]:
+    """Agents and their recordings: one per model, one for all, one per model that is left out.
+
+    The costly ones come first, so that two processes end at about the same time.
+    """
+    found = {own(each): [each] for each in recordings}
+    if len(recordings) > 1:
+        found[ALL] = list(recordings)
+        for each in recordings:
+            found[without(each)] = [other for other in recordings if other is not each]
+    return dict(sorted(found.items(), key=lambda item: -_cost(item[1])))
+
+
+def _cost(recordings: Sequence[Recording]) -> float:
+    """Experts that a window plans for, on average."""
+    return sum(each.shape[0] * each.shape[1] for each in recordings) / len(recordings)
+
+
+def train_agent(
+    name: str, recordings: Sequence[Recording], out: Path, sizes: Sizes
+) -> tuple[Path, float]:
+    """Train one agent into ``out / name`` -> its file, seconds. What PPO says goes to a log there.
+
+    Raises:
+        ValueError: a path has a comma, which separates recordings.
+    """
+    folder, start = out / name, time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    n, paths = len(recordings), [str(each.path) for each in recordings]
+    if any("," in path for path in paths):
+        raise ValueError(f"paths of recordings must have no comma, got {paths}")
+    n_lanes = max(2, LANES // n)
+    n_samples = N_STEPS * n_lanes * sum(each.shape[0] for each in recordings)
+    args = Args(
+        out=str(folder), trace=",".join(paths), seed=sizes.seed,
+        conditions="rand", base=BASE, n_windows=sizes.n_windows,
+        eval_every=max(1, sizes.n_windows // 3), n_lanes=n_lanes, n_steps=N_STEPS,
+        minibatch=n_samples // MINIBATCHES, val_episodes=max(2, VAL_EPISODES // n),
+        wandb="disabled",
+    )  # fmt: skip
+    with (folder / "log.txt").open("w") as log, redirect_stdout(log):
+        best = train(args)
+    return best, time.monotonic() - start
