@@ -78,11 +78,10 @@ class LaneSpeeds:
             return
         load = observations["last_load"].astype(np.float64)
         nominal = np.zeros((len(load), 5))
-        for hbm, far in (self._before, _where(observations)):
-            self._loops.nominal_seconds(
-                load, hbm, far, costs_of(facts), float(self._top_k),
-                float(facts.shared.table.far_min_tokens), facts.shared.in_place, nominal,
-            )  # fmt: skip
+        self._loops.nominal_seconds(
+            load, (self._before, _where(observations)), costs_of(facts), float(self._top_k),
+            float(facts.shared.table.far_min_tokens), facts.shared.in_place, nominal,
+        )  # fmt: skip
         nominal *= 0.5  # half-way between the window's start and end
         measured = observations["layer"].astype(np.float64).sum(axis=1)[:, :3]
         constant = nominal[:, [3, 3, 4]] * (1.0, 0.0, 1.0)  # launches and latency keep their speed
