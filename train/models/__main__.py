@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--recordings", type=Path, default=default_folder(), help="folder of third-party files")
     add("--requests", type=int, default=96, help="drawn for a synthetic recording (%(default)s)")
     add("--tokens", type=int, default=256, help="decoded by one on average (%(default)s)")
-    add("--windows", type=int, default=8000, help="that an agent is trained on (%(default)s)")
+    add("--windows", type=int, default=6000, help="that an agent is trained on (%(default)s)")
     add("--seed", type=int, default=0, help="of the training (%(default)s)")
     add("--episodes", type=int, default=16, help="evaluated per recording (%(default)s)")
     add("--why", default="the tables of docs/models.md", help="of opening test, for the note")

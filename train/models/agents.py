@@ -75,7 +75,7 @@ def train_agent(
     args = Args(
         out=str(folder), trace=",".join(paths), seed=sizes.seed,
         conditions="rand", base=BASE, n_windows=sizes.n_windows,
-        eval_every=max(1, sizes.n_windows // 3), n_lanes=n_lanes, n_steps=N_STEPS,
+        eval_every=max(1, sizes.n_windows // 2), n_lanes=n_lanes, n_steps=N_STEPS,
         minibatch=n_samples // MINIBATCHES, val_episodes=max(2, VAL_EPISODES // n),
         wandb="disabled",
     )  # fmt: skip
