@@ -34,11 +34,12 @@ quality weight; +0.01 is about 1 % of throughput at equal loss. Everything is a 
 *planner* that all agents bend, `balance_feedback` with the shipped constants (`{base}`),
 which were tuned on the bundled recording and see none of these. *untuned*: its default constants.
 *own forecast alone*: the own agent with the weights of its network set to zero. *left-out agent*:
-it was trained on all other recordings of the table. Every agent has one training seed ({seed}) and
-{windows:,} decode windows over all its recordings; its best checkpoint was picked on val. All
-policies decode the same {episodes} {split} episodes of at most 64 windows; 95 % intervals resample
-episodes and conversations, paired (pigeonhole bootstrap), and do not know how another training seed
-would do.
+it was trained on all other recordings of the table; what the train split of its own says of
+popularity, and of which experts go together, it is told like everybody. Every agent has one
+training seed ({seed}) and {windows:,} decode windows over all its recordings; its best checkpoint
+was picked on val. All policies decode the same {episodes} {split} episodes of at most 64 windows;
+95 % intervals resample episodes and conversations, paired (pigeonhole bootstrap), and do not know
+how another training seed would do.
 
 Where a recording has splits of its own it is used as it is. The others have three or four requests:
 they are halved in time, a long **synthetic** recording is drawn from the statistics of the first
