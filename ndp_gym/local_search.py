@@ -20,7 +20,7 @@ from ndp_gym.packing import stack_windows
 from ndp_gym.plan import FAR, HBM, Placement, Plan, nearest_width
 from ndp_gym.quality import SUPER_EXPERT_NATS, QualityModel, layer_weights
 from ndp_gym.reward import reward, reward_terms
-from ndp_gym.specs import MoESpec, SystemSpec
+from ndp_gym.specs import MoESpec, Service, SystemSpec
 from ndp_gym.state import Window
 
 __all__ = ["Found", "search"]
@@ -52,8 +52,9 @@ def search(
     first: Sequence[float] = FIRST,
     n_rounds: int = 2,
     seed: int = 0,
+    service: Service | None = None,
 ) -> Found:
-    """A good plan for ``window`` with the system's default service.
+    """A good plan for ``window``.
 
     Args:
         window: the recorded routing, which the search sees.
@@ -67,8 +68,12 @@ def search(
             fewer save time where ``starts`` are good.
         n_rounds: how often the price of a second is set anew after those.
         seed: of the order of moves.
+        service: of the plan; the system's default if ``None``.
     """
-    climb = _Climb(window, model, system, quality or QualityModel(), quality_weight, seed)
+    climb = _Climb(
+        window, model, system, quality or QualityModel(), quality_weight, seed,
+        service or system.default_service,
+    )  # fmt: skip
     widths = system.stored_bits
     far4 = len(widths) + widths.index(nearest_width(system, 4))
     ends = [np.full((model.n_layers, model.n_experts), c) for c in (far4, len(widths) - 1)]
@@ -114,10 +119,11 @@ class _Climb:
         quality: QualityModel,
         weight: float,
         seed: int,
+        service: Service,
     ) -> None:
         self.window, self.model, self.system = window, model, system
         self.quality, self.weight, self.second_price = quality, weight, 0.0
-        self.rng = np.random.default_rng(seed)
+        self.rng, self.service = np.random.default_rng(seed), service
         bits = np.array(system.stored_bits, np.uint8)
         self.bits = np.tile(bits, 2)
         self.tier = np.repeat(np.array([HBM, FAR], np.uint8), bits.size)
@@ -133,7 +139,8 @@ class _Climb:
         return width
 
     def plan_of(self, choice: IntArray) -> Plan:
-        return Plan(placement=Placement(tier=self.tier[choice], bitwidth=self.bits[choice]))
+        placement = Placement(tier=self.tier[choice], bitwidth=self.bits[choice])
+        return Plan(placement=placement, service=self.service)
 
     def bytes_of(self, choice: IntArray) -> float:
         return float(self.sizes[choice].sum())
@@ -186,7 +193,7 @@ class _Climb:
             tier=self.tier[choices],
             bits=self.bits[choices],
             order=np.zeros(choices.shape),
-            services=(self.system.default_service,) * n,
+            services=(self.service,) * n,
             windows=stack_windows([self.window] * n),
             length=self.window.length,
             budgets=np.full(n, np.iinfo(np.int64).max),

@@ -187,4 +187,5 @@ def test_local_search_lies_between_the_reference_and_the_exhaustive_optimum(seed
     assert found.reward <= best.reward + 1e-12
     assert found.reward >= best.reward - 0.3  # local, but not lost
     again = search(window, model, system, budget_bytes=budget, starts=[best.plan.placement])
+    assert again.plan.service == system.default_service
     assert again.reward == pytest.approx(best.reward, abs=1e-12)

@@ -114,7 +114,7 @@ def measured(level: float, forecast: float = 1.0, section: str = "rand") -> Meas
     resampling = Resampling([np.full((n, 2), 0.5) for n in (2, 1)])
     best, curve = fake(1.0), Curve(np.zeros((2, 2001)), np.zeros((2, 2001)))
     sample = [Sample(episode=0, window=1, bound=2.25, found=2.0)]
-    table = Table(best, curve, resampling, sample, "in_place")
+    table = Table(best, curve, resampling, sample, ("in_place",))
     rows = [
         row_of("balance, tuned", [best], table),
         row_of(AGENTS, [fake(level)] * 5, table),

@@ -32,14 +32,14 @@ def earned(*rewards: list[float], services: set[str] | None = None) -> Run:
 
 def test_regret_is_what_the_sampled_windows_leave() -> None:
     one, other = earned([9.0, 0.5], [0.5, 9.0]), earned([9.0, 0.25], [0.25, 9.0])
-    assert regret_of([one], SAMPLE, "in_place") == pytest.approx((0.75, 1.0))
-    assert regret_of([one, other], SAMPLE, "in_place") == pytest.approx((0.875, 1.125))
+    assert regret_of([one], SAMPLE, ["in_place"]) == pytest.approx((0.75, 1.0))
+    assert regret_of([one, other], SAMPLE, ["in_place"]) == pytest.approx((0.875, 1.125))
 
 
 def test_regret_to_a_bound_of_another_service_is_none() -> None:
     fetching = earned([9.0, 0.5], [0.5, 9.0], services={"fetch", "in_place"})
-    assert np.isnan(regret_of([fetching], SAMPLE, "in_place")).all()
-    assert np.isnan(regret_of([earned([1.0])], [], "in_place")).all()
+    assert np.isnan(regret_of([fetching], SAMPLE, ["in_place", "balance"])).all()
+    assert np.isnan(regret_of([earned([1.0])], [], ["in_place"])).all()
 
 
 def test_the_search_lies_between_what_policies_earn_and_the_bound() -> None:

@@ -29,7 +29,7 @@ from train.results.fronts import (
     gain_at_equal_loss,
 )
 from train.results.measure import Run, said, shares_of
-from train.results.regret import Regret, Sample, regret_of, sampled
+from train.results.regret import Regret, Sample, kinds_of, regret_of, sampled
 from train.results.resampling import FloatArray, Resampling
 
 SECTIONS = ("fix", "fix:quality", "rand", "hidden", "drift")
@@ -111,7 +111,7 @@ class Table(NamedTuple):
     curve: Curve
     resampling: Resampling
     sample: list[Sample]
-    service: str
+    kinds: tuple[str, ...]
 
 
 def measure(section: str, n_episodes: int, split: str, n_regret: int) -> Measured:
@@ -132,8 +132,8 @@ def measure(section: str, n_episodes: int, split: str, n_regret: int) -> Measure
         for price in PRICES
     ]  # fmt: skip
     sample = sampled(resolve("oracle_balance")(), tasks, n_regret, EPISODE_SEED)
-    service = tasks[0].system.default_service.kind
-    table = Table(runs[best], curve_of(priced, resampling), resampling, sample, service)
+    kinds = kinds_of(tasks[0].system)
+    table = Table(runs[best], curve_of(priced, resampling), resampling, sample, kinds)
     rows = [row_of(name, [found], table) for name, found in runs.items()]
     agents_curve = _add_agents(rows, conditions, tasks, table, (1.0,) if weight else PRICES)
     return Measured(
@@ -206,7 +206,7 @@ def row_of(name: str, runs: list[Run], table: Table) -> Row:
         gain=Gain.of(reward - theirs),
         equal=gain_at_equal_loss(loss, speed, table.curve),
         won=float((per_episode > [r.mean() for r in table.best.reward]).mean()),
-        regret=regret_of(runs, table.sample, table.service),
+        regret=regret_of(runs, table.sample, table.kinds),
         decision_s=float(np.mean([run.decision_s for run in runs])),
         seeds=tuple(float(resampling.means(run.reward)[0]) for run in runs)
         if len(runs) > 1

@@ -41,8 +41,8 @@ geometric mean over all losses that both reach, which is the difference of their
 
 *Regret* is the reward that a row leaves, to the plan that a clairvoyant local search finds for the
 window (`ndp_gym.local_search`) and to a proved bound (`ndp_gym.bound`), both with copies that
-arrive for free. They take ten seconds a window, so regret is the mean over {sampled} windows of a
-section, one in each of as many episodes, the same for all rows: compare rows, not its level.
+arrive for free. They take twenty seconds a window, so regret is the mean over {sampled} windows of
+a section, one in each of as many episodes, the same for all rows: compare rows, not its level.
 Machines that drift are no obstacle: every window is bounded for the machine and the HBM that it ran
 on.
 
