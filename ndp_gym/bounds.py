@@ -18,15 +18,19 @@ _MARGIN = 1.01
 """Factor on bounds of sums of seconds, for what rounding adds."""
 
 
-def observation_space(lanes: Lanes, max_windows: int) -> spaces.Dict:
+def observation_space(lanes: Lanes, max_windows: int, *, moves: bool) -> spaces.Dict:
     """The space of `Lanes.observe` without its lane axis, flat, for episodes of ``max_windows``.
 
     Bounds are reached by what the simulator could do in principle, not by what is likely, under
-    every condition that the lanes have been made for.
+    every condition that the lanes have been made for. ``moves``: plans may copy busy experts for a
+    step (service ``balance``).
     """
     n_layers = lanes.shape[0]
-    layer = np.array([_layer_bounds(lanes)[name] for name in LAYER_NAMES])
-    context = np.array([_context_bounds(lanes, max_windows)[name] for name in CONTEXT_NAMES])
+    copies = moves or lanes.system.default_service.kind != "in_place"
+    layer = np.array([_layer_bounds(lanes, copies)[name] for name in LAYER_NAMES])
+    context = np.array(
+        [_context_bounds(lanes, max_windows, copies)[name] for name in CONTEXT_NAMES]
+    )
     experts = {
         "prefill_load": lanes.batch_size,
         "last_load": lanes.batch_size,
@@ -53,7 +57,7 @@ def _box(high: NDArray[np.float64]) -> spaces.Box:
     return spaces.Box(np.zeros_like(rounded), rounded, dtype=np.float32)
 
 
-def _layer_bounds(lanes: Lanes) -> dict[str, float]:
+def _layer_bounds(lanes: Lanes, copies: bool) -> dict[str, float]:
     """Most seconds of one layer in one decode step, by cause; the share of hits is at most 1."""
     slowest = lanes.drawn_from.slowest(lanes.base)
     table = costs(lanes.model, slowest, lanes.simulator.quality).prices.table
@@ -66,8 +70,7 @@ def _layer_bounds(lanes: Lanes) -> dict[str, float]:
         rows = max(n_tokens, table.far_min_tokens)
         each = np.maximum(table.far_weight_s, table.far_token_s * rows).max()
         far_s = max(table.far_floor_s, n_active * float(each))
-    fetches = lanes.system.default_service.kind != "in_place"
-    copies_s = n_active * float(table.copy_s.max()) if fetches else 0.0
+    copies_s = n_active * float(table.copy_s.max()) if copies else 0.0
     stall_s = gpu_s + far_s + link_s + copies_s
     return {
         "gpu_s": _MARGIN * gpu_s,
@@ -84,11 +87,12 @@ def _gpu_bound_s(table: CostTable, n_active: int, n_pairs: int) -> float:
     return float(table.gpu_launch_s.sum()) + max(read_s, table.gpu_token_s * n_pairs)
 
 
-def _context_bounds(lanes: Lanes, max_windows: int) -> dict[str, float]:
+def _context_bounds(lanes: Lanes, max_windows: int, copies: bool) -> dict[str, float]:
     """Largest values of the context vector; budgets are bounded by HBM itself."""
     model, widest = lanes.model, lanes.widest
     gpu, far, link = widest.system.gpu, widest.system.far, widest.system.link
-    requests = lanes.trace.requests
+    requests, table = lanes.trace.requests, lanes.simulator.costs[0].prices.table
+    n_used = model.n_layers * min(model.n_experts, lanes.batch_size * model.top_k)
     return {
         "hbm_budget_bytes": gpu.memory_bytes,
         "hbm_budget_share": gpu.memory_bytes / model.routed_bytes16,
@@ -108,4 +112,5 @@ def _context_bounds(lanes: Lanes, max_windows: int) -> dict[str, float]:
         ),
         "tokens_generated": max_windows * lanes.window * lanes.batch_size,
         "in_flight_bytes": gpu.memory_bytes,
+        "fetch_bytes": copies * n_used * float(table.weight_bytes.max()),
     }

@@ -81,7 +81,7 @@ class NDPPlacementEnv(gym.Env[Any, Any]):
     | `bitwidth` | (n,) | width that serves now; 0 before the first plan | bit | 16 |
     | `in_flight` | (n,) | 1 where a copy to HBM has been ordered and has not arrived | - | 1 |
     | `layer` | (5 L,) | per layer GPU, far device, link, stalled: seconds per decode step of the last window; share of routed tokens served from HBM | s, - | one layer's longest step; 1 |
-    | `context` | (16,) | `ndp_gym.policy.CONTEXT_NAMES`: HBM budget (bytes, share), batch size, window, nominal speeds of GPU, far device and link, quality weight, live requests, requests admitted since the last plan, their mean context, tokens generated, bytes in flight | SI | from the specs |
+    | `context` | (17,) | `ndp_gym.policy.CONTEXT_NAMES`: HBM budget (bytes, share), batch size, window, nominal speeds of GPU, far device and link, quality weight, live requests, requests admitted since the last plan, their mean context, tokens generated, bytes in flight, bytes copied on demand per decode step of the last window | SI | from the specs |
 
     Nothing of the future is in it: no routing, length or arrival that has not happened.
 

@@ -16,12 +16,15 @@ _HEAD_BYTES = 1  # column of `LaneState.scalars`
 
 
 @njit(cache=True, nogil=True)
-def remember(weight, steps, counts, gate_energy, seconds, hits, routed, loads, layer):  # type: ignore[no-untyped-def]
+def remember(  # type: ignore[no-untyped-def]
+    weight, steps, counts, gate_energy, seconds, hits, routed, fetched, loads, layer, rate
+):
     """Fold one window into the averages of the lanes.
 
     ``loads`` [3, N, L, E] are the last load, the averaged load and the averaged gate energy;
     ``seconds`` (four [N, L]) and the share of ``hits`` become ``layer`` [N, L, 5]. ``weight`` [N]
     is that of this window in the averages, ``steps`` [N, W] the live tokens of its decode steps.
+    ``rate`` [N] becomes the bytes ``fetched`` per step.
     """
     last, ema, energy = loads[0], loads[1], loads[2]
     gpu_s, far_s, link_s, stall_s = seconds
@@ -30,6 +33,7 @@ def remember(weight, steps, counts, gate_energy, seconds, hits, routed, loads, l
         for step in range(steps.shape[1]):
             n_steps += steps[n, step] > 0
         n_steps = max(n_steps, 1)
+        rate[n] = fetched[n] / n_steps
         for i in range(counts.shape[1]):
             for e in range(counts.shape[2]):
                 last[n, i, e] = counts[n, i, e] / n_steps
@@ -43,10 +47,10 @@ def remember(weight, steps, counts, gate_energy, seconds, hits, routed, loads, l
 
 
 @njit(cache=True, nogil=True)
-def observe(loads, copies, bytes_of, left, tokens, n_admitted, generated, planes, context):  # type: ignore[no-untyped-def]
+def observe(loads, copies, bytes_of, left, tokens, n_admitted, generated, fetched, planes, context):  # type: ignore[no-untyped-def]
     """Fill ``planes`` [6, N, L, E] with what policies see of every expert.
 
-    ``copies`` are the columns hbm, far, target and scalars of `LaneState`. ``context`` [N, 5] gets
+    ``copies`` are the columns hbm, far, target and scalars of `LaneState`. ``context`` [N, 6] gets
     live and admitted requests, their mean context (``tokens`` [N, B]), tokens generated, and bytes
     that promotions still have to move.
     """
@@ -78,6 +82,7 @@ def observe(loads, copies, bytes_of, left, tokens, n_admitted, generated, planes
         context[n, 0], context[n, 1] = n_live, n_admitted[n]
         context[n, 2] = n_tokens / max(n_live, 1)
         context[n, 3], context[n, 4] = generated[n], n_bytes
+        context[n, 5] = fetched[n]
 
 
 @njit(cache=True, nogil=True)

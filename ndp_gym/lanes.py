@@ -230,8 +230,8 @@ class Lanes:
         context = self.machines.facts.copy()
         loops.observe(
             memory.loads, (state.hbm, state.far, state.target, state.scalars), self._bytes_of,
-            schedule.left, schedule.context, memory.n_admitted, schedule.generated, planes,
-            context[:, _VARIABLE:],
+            schedule.left, schedule.context, memory.n_admitted, schedule.generated,
+            memory.fetch_bytes, planes, context[:, _VARIABLE:],
         )  # fmt: skip
         return {
             "prefill_load": memory.prefill_load.copy(),

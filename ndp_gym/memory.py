@@ -28,6 +28,7 @@ class Memory:
         loads: [3, N, L, E] tokens per decode step in the last window, the same averaged over
             windows, and averaged gate energy.
         layer: [N, L, 5], see `LAYER_NAMES`.
+        fetch_bytes: [N] copied on demand per decode step of the last window.
         has_history: [N] whether a window has been seen.
         n_admitted: [N] requests admitted since the last window.
     """
@@ -38,6 +39,7 @@ class Memory:
         self.prefill_load = np.zeros((n_lanes, *shape), np.float32)
         self.loads = np.zeros((3, n_lanes, *shape), np.float64)
         self.layer = np.zeros((n_lanes, shape[0], len(LAYER_NAMES)), np.float32)
+        self.fetch_bytes = np.zeros(n_lanes, np.float64)
         self.has_history = np.zeros(n_lanes, np.bool_)
         self.n_admitted = np.zeros(n_lanes, np.int64)
         self._weight = np.ones(n_lanes)
@@ -47,6 +49,7 @@ class Memory:
         """Start one lane's episode afresh."""
         self.loads[:, lane] = 0
         self.layer[lane] = 0
+        self.fetch_bytes[lane] = 0
         self.has_history[lane] = False
         self.n_admitted[lane] = 0
         self._weight[lane] = 1.0
@@ -63,7 +66,7 @@ class Memory:
         seconds = o.gpu_s, o.far_s, o.link_s, o.stall_s
         self._loops.remember(
             self._weight, o.step_tokens, o.counts, o.gate_energy, seconds, o.layer_hits,
-            o.layer_routed, self.loads, self.layer,
+            o.layer_routed, o.fetch_bytes, self.loads, self.layer, self.fetch_bytes,
         )  # fmt: skip
         self._weight.fill(EMA_WEIGHT)
         self.has_history.fill(True)

@@ -46,8 +46,12 @@ CONTEXT_NAMES = (
     "mean_context",
     "tokens_generated",
     "in_flight_bytes",
+    "fetch_bytes",
 )
-"""Entries of the observation's ``context`` vector; SI units, budget rounded toward zero."""
+"""Entries of the observation's ``context`` vector; SI units, budget rounded toward zero.
+
+``fetch_bytes`` were copied on demand, per decode step of the last window.
+"""
 
 
 class InfeasibleError(ValueError):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ndp_gym.cost import CostTable
 from ndp_gym.lanes import Observations
 from ndp_gym.layer_facts import LaneFacts
+from ndp_gym.layer_forecast import entry
 from ndp_gym.plan import FAR, HBM
 
 __all__ = ["GAIN", "LaneSpeeds", "costs_of", "scaled"]
@@ -77,10 +78,12 @@ class LaneSpeeds:
         if self._before is None or self.gain == 0 or not self._known.any():
             return
         load = observations["last_load"].astype(np.float64)
+        one_s = facts.copy_s[:, 0] / facts.shared.table.weight_bytes[0]  # per byte
+        fetched_s = entry(observations["context"], "fetch_bytes") * one_s
         nominal = np.zeros((len(load), 5))
         self._loops.nominal_seconds(
             load, (self._before, _where(observations)), costs_of(facts), float(self._top_k),
-            float(facts.shared.table.far_min_tokens), facts.shared.in_place, nominal,
+            float(facts.shared.table.far_min_tokens), facts.shared.in_place, fetched_s, nominal,
         )  # fmt: skip
         nominal *= 0.5  # half-way between the window's start and end
         measured = observations["layer"].astype(np.float64).sum(axis=1)[:, :3]
@@ -113,7 +116,7 @@ def scaled(table: CostTable, factors: FloatArray) -> CostTable:
 def _where(observations: Observations) -> tuple[IntArray, IntArray]:
     """[N, L, E] widths in HBM, 0 = far, and widths wherever they are."""
     bits = observations["bitwidth"].astype(np.int64)
-    return np.where(observations["tier"] == HBM, bits, 0), bits
+    return np.where(observations["tier"] == HBM, bits, 0), np.ascontiguousarray(bits)
 
 
 def costs_of(facts: LaneFacts) -> tuple[NDArray[np.generic], ...]:

@@ -90,14 +90,16 @@ def test_a_gain_outside_0_to_1_is_refused(gain: float) -> None:
         BalanceFeedback(gain)
 
 
-def seconds_of(load: np.ndarray, hbm: np.ndarray, far: np.ndarray, in_place: bool) -> np.ndarray:
+def seconds_of(
+    load: np.ndarray, hbm: np.ndarray, far: np.ndarray, in_place: bool, fetched_s: float = 0.0
+) -> np.ndarray:
     """What the compiled loop says of one lane: GPU, far, link, launches, latency."""
     facts = facts_of(MODEL, SYSTEM, QualityModel(), 4.0, 16)
     found = np.zeros((1, 5))
     copies = hbm[None], far[None]
     speed_loops.nominal_seconds(
         load[None], (copies, copies), costs_of(LaneFacts(facts, 1)), float(MODEL.top_k),
-        float(facts.table.far_min_tokens), in_place, found,
+        float(facts.table.far_min_tokens), in_place, np.array([fetched_s]), found,
     )  # fmt: skip
     return found[0] / 2
 
@@ -112,6 +114,7 @@ def test_nominal_seconds_are_those_of_the_cost_table() -> None:
     one_s = max(table.far_weight_s[index], table.far_min_tokens * table.far_token_s[index])
     assert far == pytest.approx(n_used * one_s)
     assert link == pytest.approx(MODEL.n_layers * table.activation_token_s)
+    link_alone = link
     assert latency == pytest.approx(2 * MODEL.n_layers * table.link_latency_s)
     assert gpu == launch == 0
     gpu, far, link, launch, latency = seconds_of(load, four, four, True)
@@ -120,9 +123,16 @@ def test_nominal_seconds_are_those_of_the_cost_table() -> None:
     assert gpu == pytest.approx(MODEL.n_layers * max(weights_s, tokens_s))
     assert launch == pytest.approx(MODEL.n_layers * table.gpu_launch_s[index])
     assert far == link == latency == 0
-    fetched = seconds_of(load, none, four, False)
-    assert fetched[speed_loops.LINK] == pytest.approx(n_used * table.copy_s[index])
+    all_s = n_used * table.copy_s[index]
+    fetched = seconds_of(load, none, four, False, all_s)
+    assert fetched[speed_loops.LINK] == pytest.approx(all_s)
     assert fetched[speed_loops.GPU] == pytest.approx(gpu)
+    half = seconds_of(load, none, four, True, all_s / 2)
+    assert half[speed_loops.FAR] == pytest.approx(n_used * one_s / 2)
+    assert half[speed_loops.GPU] == pytest.approx(MODEL.n_layers * weights_s / 2)
+    any_moves = min(1, MODEL.top_k / 2)  # a launch per layer, and no more
+    assert half[speed_loops.LAUNCH] == pytest.approx(any_moves * launch)
+    assert half[speed_loops.LINK] == pytest.approx(link_alone + all_s / 2)
 
 
 def test_copies_of_a_machine_that_only_stores_are_timed_too() -> None:
