@@ -89,7 +89,7 @@ class Target(NamedTuple):
 
 def target_of(table: CostTable, options: Fillings, chosen: IntArray) -> Target:
     """The chosen fillings as widths and values per byte."""
-    _, loops = _compiled()
+    loops, _ = _compiled()
     return Target(*loops.target(chosen, table.bits, *options.items))
 
 

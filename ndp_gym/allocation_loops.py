@@ -129,3 +129,25 @@ def _fill_up(chosen, objective, n_bytes, budget_bytes):  # type: ignore[no-untyp
         if more < 0:
             for layer in range(n_layers):
                 stale[layer] = True
+
+
+@njit(**_LOOP)
+def target(chosen, bits_of, n_bytes, index, gain, ranking):  # type: ignore[no-untyped-def]
+    """[L, E] bits, value and value of copies present, see `ndp_gym.allocation.Target`.
+
+    ``chosen`` [L] are flat indices into (C, E + 1), ``bits_of`` the widths by index; the others are
+    `ndp_gym.fillings.Items`.
+    """
+    n_rankings, n_layers, n_experts = gain.shape
+    bits = np.zeros((n_layers, n_experts), np.int64)
+    value, present_value = np.empty(bits.shape), np.empty(bits.shape)
+    for layer in range(n_layers):
+        c, count = chosen[layer] // (n_experts + 1), chosen[layer] % (n_experts + 1)
+        for k in range(count):
+            e = ranking[c, layer, k]
+            bits[layer, e] = bits_of[index[c, layer, e]]
+        for e in range(n_experts):
+            value[layer, e] = gain[c, layer, e] / n_bytes[c, layer, e]
+            held = n_rankings - 1
+            present_value[layer, e] = gain[held, layer, e] / n_bytes[held, layer, e]
+    return bits, value, present_value

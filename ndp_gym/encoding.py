@@ -18,8 +18,9 @@ from ndp_gym.condition import Condition
 from ndp_gym.forecast import Blend, Forecaster
 from ndp_gym.lanes import Lanes
 from ndp_gym.plan import FAR, HBM, Plan
-from ndp_gym.planners import Copies, Facts, Guess, Knobs, balance, facts_of
+from ndp_gym.planners import Copies, Facts, Guesses, Knobs, balance, facts_of
 from ndp_gym.policy import Observation, budget_bytes, context_entry
+from ndp_gym.specs import Service
 
 LEVELS = ("fill", "hbm_width", "far_width", "keep")
 """Allocation levels at the end of a ``scores`` action, in the order of `ndp_gym.decoders`."""
@@ -36,11 +37,12 @@ KNOBS = {
 
 
 class Decoded(NamedTuple):
-    """Plans of N lanes; ``order`` ``None`` ranks by recent load."""
+    """Plans of N lanes; without ``order`` load ranks, without ``services`` the system's holds."""
 
     tier: NDArray[np.uint8]
     bits: NDArray[np.uint8]
     order: NDArray[np.float64] | None
+    services: list[Service] | None = None
 
 
 class Encoding(Protocol):
@@ -144,7 +146,7 @@ class KnobSettings:
         self._facts = [_facts(lanes.base, lanes)] * lanes.n_lanes
         self._top_k = lanes.model.top_k
         self._forecasters = [self._forecaster() for _ in range(lanes.n_lanes)]
-        self._guesses: list[Guess | None] = [None] * lanes.n_lanes
+        self._guesses: list[Guesses] = [()] * lanes.n_lanes
         self.space = spaces.Box(-1.0, 1.0, (len(KNOBS) + 1,), np.float32)
 
     def reset(self, lane: int, lanes: Lanes) -> None:
@@ -154,7 +156,7 @@ class KnobSettings:
             self._facts[lane] = _facts(told, lanes)
         self._told[lane] = told
         self._forecasters[lane] = self._forecaster()
-        self._guesses[lane] = None
+        self._guesses[lane] = ()
 
     def decode(self, actions: NDArray[Any], lanes: Lanes) -> Decoded:
         """The planner's plans, lane by lane."""
@@ -163,7 +165,7 @@ class KnobSettings:
             raise ValueError("knobs must be finite, got nan or inf")
         experts = (lanes.n_lanes, *lanes.shape)
         tier, bits = np.empty(experts, np.uint8), np.empty(experts, np.uint8)
-        order = np.empty(experts)
+        order, services = np.empty(experts), []
         observations = lanes.observe()
         for lane, action in enumerate(actions.clip(-1, 1)):
             observation = {name: array[lane] for name, array in observations.items()}
@@ -171,14 +173,15 @@ class KnobSettings:
             assert plan.migration_order is not None
             tier[lane], bits[lane] = plan.placement.tier, plan.placement.bitwidth
             order[lane] = plan.migration_order
-        return Decoded(tier, bits, order)
+            services.append(plan.service or lanes.system.default_service)
+        return Decoded(tier, bits, order, services)
 
     def _plan(
         self, lane: int, lanes: Lanes, action: NDArray[np.float64], observation: Observation
     ) -> Plan:
         knobs, blend = steered(action)
         if context_entry(observation, "n_admitted") > 0:
-            self._guesses[lane] = None  # other requests: search the prices afresh
+            self._guesses[lane] = ()  # other requests: search the prices afresh
         self._forecasters[lane].blend = blend
         plan, self._guesses[lane] = balance(
             self._facts[lane],

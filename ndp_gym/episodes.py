@@ -121,7 +121,8 @@ class Episodes:
             max_windows = int((-(-opened.requests.n_decode // window)).sum())
         self.max_windows = max_windows
         self.encoding = encoding_of(action, self.lanes)
-        self.observation_space = observation_space(self.lanes, max_windows)
+        moves = action == "knobs"  # the only ones that set a service
+        self.observation_space = observation_space(self.lanes, max_windows, moves=moves)
         self._requests = opened.split_requests(split)
 
     def reset(
@@ -168,8 +169,7 @@ class Episodes:
             for lane in np.flatnonzero(idle):
                 lanes.clear(int(lane))
         admissions = _admissions(lanes)
-        tier, bits, order = self.encoding.decode(actions, lanes)
-        outcome = lanes.advance(tier, bits, order)
+        outcome = lanes.advance(*self.encoding.decode(actions, lanes))
         if idle is None:
             terms = reward_terms(outcome)
             rewards = reward(terms, lanes.quality_weights)

@@ -14,10 +14,11 @@ from numba import njit
 
 SECOND, COPY_SECOND, FAR_SHARE, GPU_FACTOR, FAR_FACTOR = range(5)
 """Rows of ``rates`` [5, L]: prices and factors of each layer."""
-BYTES, GPU_WEIGHT_S, LAUNCH_S, COPY_S, FAR_WEIGHT_S, FAR_TOKEN_S = range(6)
-"""Rows of ``widths`` [6, NB]: the nominal costs of a copy."""
-TOKEN_S, FLOOR_S, LATENCY_S, ACTIVATION_S, OVERLAP, N_TOKENS, TOP_K = range(7)
-"""Entries of ``constants`` [7]; ``OVERLAP`` is -1 where the far device does not compute."""
+BYTES, GPU_WEIGHT_S, LAUNCH_S, COPY_S = range(4)
+"""Rows of ``widths`` [4, NB]: the nominal costs of a copy."""
+TOKEN_S, FLOOR_S, LATENCY_S, ACTIVATION_S, OVERLAP, N_TOKENS, TOP_K, MOVES = range(8)
+"""Entries of ``constants`` [8]; ``OVERLAP`` is -1 where the far device does not compute, ``MOVES``
+is 1 where busy experts move to the GPU."""
 OBJECTIVE, SECONDS, GPU_S, N_BYTES = range(4)
 """Entries of ``costs`` [4, L, C, E + 1]: see `ndp_gym.fillings.Fillings`."""
 WIDTH, RANKING = range(2)
@@ -26,8 +27,12 @@ CHARGED, GAIN = range(2)
 """Entries of ``values`` [2, C, L, E]."""
 _OWN_S, _SIZE, _VARIANCE, _LOSS, _GAIN, _KEY = range(6)
 """Rows of a copy [6, E] in HBM: what it adds to the sums over a prefix, its gain and its place."""
-_FAR_S, _FAR_VARIANCE, _FAR_LOSS, _DOUBT, _IDLE = range(5)
-"""Rows of ``far`` [5, E]: experts outside HBM, and what does not depend on where they are."""
+_FAR_S, _FAR_VARIANCE, _FAR_LOSS, _DOUBT, _IDLE, _MOVED_S, _FAR_WIDTH = range(7)
+"""Rows of ``far`` [7, E]: experts outside HBM, and what does not depend on where they are."""
+_GPU, _FAR, _SPREAD, _LOST, _CHARGED, _HOT, _MOVED, _LAUNCHED, _OUTSIDE = range(9)
+"""Rows of ``sums`` [9, X]: seconds of HBM experts and of the others, variance of the difference,
+losses of all, bytes and load of HBM experts; of the others seconds if moved, launches then, and how
+many are active."""
 _RUN = 64
 _PRESENT_FIRST = 1e9
 _WHOLE_POWERS = 1024.0
@@ -57,35 +62,47 @@ def _power(x, n, result):  # type: ignore[no-untyped-def]
 
 
 @njit(**_INNER)
-def _layer_seconds(seconds, gpu_s, far_s, spread, hbm_load, constants, room):  # type: ignore[no-untyped-def]
+def _moved_share(ahead_s, far_s, moved_s, n_far):  # type: ignore[no-untyped-def]
+    """Part of the far work that service ``balance`` moves where the GPU is done ``ahead_s`` before.
+
+    A part of ``ahead_s / (moved_s + far_s)`` would leave both sides equally long. Experts move
+    whole: of k, each of f far seconds and m if moved, the fraction is rounded up where it exceeds
+    ``m / (m + f)``. That costs ``m f / (m + f) / 2`` on average, and ``k f`` where none moves.
+
+    Returns:
+        the part, and by how many seconds the longer side then exceeds what the GPU had.
+    """
+    share = ahead_s / max(moved_s + far_s, 1e-30)
+    if n_far <= 0.0 or moved_s <= 0.0:
+        return share, share * moved_s
+    lost = min(share, 0.5 * moved_s / (moved_s + far_s) / n_far)
+    return share - lost * max(1.0 - far_s / moved_s, 0.0), share * moved_s + lost * far_s
+
+
+@njit(**_INNER)
+def _layer_seconds(seconds, sums, constants, room):  # type: ignore[no-untyped-def]
     """Fill expected seconds of a layer's experts: GPU and far branch, overlapped or in series.
 
     Entry by entry, so that processors do several at once.
 
     Args:
         seconds: to fill.
-        gpu_s: expected seconds of the HBM experts.
-        far_s: expected seconds of the others, without activations.
-        spread: variance of the difference of the two.
-        hbm_load: tokens per step served from HBM.
+        sums: rows as named above; far seconds are without activations.
         constants: of the window.
         room: three arrays of scratch.
     """
     overlap, n_tokens, top_k = constants[OVERLAP], constants[N_TOKENS], constants[TOP_K]
-    floor_s, latency_s, activation_s = (
-        constants[FLOOR_S],
-        constants[LATENCY_S],
-        constants[ACTIVATION_S],
-    )
+    floor_s, latency_s = constants[FLOOR_S], constants[LATENCY_S]
+    activation_s = constants[ACTIVATION_S]
     n = seconds.size
     if overlap < 0.0:
         for k in range(n):
-            seconds[k] = gpu_s[k] + far_s[k]
+            seconds[k] = sums[_GPU, k] + sums[_FAR, k]
         return
     # A token crosses unless all K experts are in HBM.
     x, stays, all_stay = room[0, :n], room[1, :n], room[2, :n]
     for k in range(n):
-        x[k] = min(hbm_load[k] / (n_tokens * top_k), 1.0)
+        x[k] = min(sums[_HOT, k] / (n_tokens * top_k), 1.0)
     _power(x, top_k, stays)
     for k in range(n):
         x[k] = stays[k]
@@ -93,10 +110,15 @@ def _layer_seconds(seconds, gpu_s, far_s, spread, hbm_load, constants, room):  #
     for k in range(n):
         any_far = 1.0 - all_stay[k]
         sent_s = any_far * 2.0 * latency_s + n_tokens * (1.0 - stays[k]) * activation_s
-        far = max(any_far * floor_s, sent_s + far_s[k])
+        gpu, far = sums[_GPU, k], max(any_far * floor_s, sent_s + sums[_FAR, k])
         # E max(G, N): exact where the means agree (normal difference) and where they lie far apart.
-        apart, both = gpu_s[k] - far, gpu_s[k] + far
-        longer = 0.5 * (both + math.sqrt(apart * apart + 2.0 / math.pi * spread[k]))
+        apart, both = gpu - far, gpu + far
+        longer = 0.5 * (both + math.sqrt(apart * apart + 2.0 / math.pi * sums[_SPREAD, k]))
+        if constants[MOVES] > 0.0:
+            n_far = sums[_OUTSIDE, k]
+            moved, more_s = _moved_share(longer - gpu, far, sums[_MOVED, k], n_far)
+            more_s += min(moved, 1.0 / max(n_far, 1e-12)) * sums[_LAUNCHED, k]
+            longer, both = gpu + more_s, (1.0 - moved) * far + gpu + more_s
         seconds[k] = overlap * longer + (1.0 - overlap) * both
 
 
@@ -117,7 +139,7 @@ def _cheapest(width, least, price, factor, far_s, lost):  # type: ignore[no-unty
 
 
 @njit(**_INNER)
-def _outside(far, width, room, rates, layer, overlap, active, far_s, lost):  # type: ignore[no-untyped-def]
+def _outside(far, width, room, rates, layer, overlap, active, widths, far_s, lost):  # type: ignore[no-untyped-def]
     """Fill ``far`` with the costs of the layer's experts at their best width outside HBM."""
     price = rates[SECOND, layer] * (overlap * rates[FAR_SHARE, layer] + 1.0 - overlap)
     factor = rates[FAR_FACTOR, layer]
@@ -128,7 +150,11 @@ def _outside(far, width, room, rates, layer, overlap, active, far_s, lost):  # t
         doubt = (1.0 - active[layer, e]) / max(active[layer, e], 1e-12)
         far[_FAR_S, e], far[_FAR_LOSS, e] = seconds, lost[layer, width[e], e]
         far[_FAR_VARIANCE, e], far[_DOUBT, e] = seconds * seconds * doubt, doubt
-        far[_IDLE, e] = math.exp(-active[layer, e])
+        far[_IDLE, e], far[_FAR_WIDTH, e] = math.exp(-active[layer, e]), width[e]
+        moved_s = (
+            widths[COPY_S, width[e]] + rates[GPU_FACTOR, layer] * widths[GPU_WEIGHT_S, width[e]]
+        )
+        far[_MOVED_S, e] = active[layer, e] * moved_s
 
 
 @njit(**_INNER)
@@ -195,10 +221,7 @@ def _sort(order, key, spare, near):  # type: ignore[no-untyped-def]
 
 @njit(**_INNER)
 def _prefixes(sums, first, idle, order, width, copy, far, load, launch_s, token_s):  # type: ignore[no-untyped-def]
-    """Fill ``sums`` [6, X] from ``first`` on: the first k of ``order`` in HBM, the others far.
-
-    They are GPU seconds, far seconds, variance, loss, bytes and load.
-    """
+    """Fill ``sums`` up to `_HOT` from ``first`` on: the first k of ``order`` in HBM, others far."""
     n_experts = order.size
     own_s, rest_s, spread, loss, n_bytes, hot, launched_s = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for e in range(n_experts):
@@ -221,9 +244,35 @@ def _prefixes(sums, first, idle, order, width, copy, far, load, launch_s, token_
             before = idle[b]
             idle[b] = before * far[_IDLE, e]
             launched_s += launch_s[b] * (before - idle[b])
-        sums[0, first + k] = launched_s + max(own_s, token_s * hot)
-        sums[1, first + k], sums[2, first + k] = max(rest_s, 0.0), max(spread, 0.0)
-        sums[3, first + k], sums[4, first + k], sums[5, first + k] = loss, n_bytes, hot
+        sums[_GPU, first + k] = launched_s + max(own_s, token_s * hot)
+        sums[_FAR, first + k], sums[_SPREAD, first + k] = max(rest_s, 0.0), max(spread, 0.0)
+        sums[_LOST, first + k], sums[_CHARGED, first + k], sums[_HOT, first + k] = (
+            loss,
+            n_bytes,
+            hot,
+        )
+
+
+@njit(**_INNER)
+def _movable(sums, first, idle, outside, order, width, far, active, launch_s):  # type: ignore[no-untyped-def]
+    """Fill ``sums`` from `_MOVED` on, of the same prefixes as `_prefixes`."""
+    moved_s = 0.0
+    idle[:], outside[:] = 1.0, 0.0
+    for e in range(order.size):
+        moved_s += far[_MOVED_S, e]
+        outside[int(far[_FAR_WIDTH, e])] += active[e]
+    for k in range(order.size + 1):
+        if k > 0:
+            e = order[k - 1]
+            moved_s -= far[_MOVED_S, e]
+            outside[int(far[_FAR_WIDTH, e])] -= active[e]
+            idle[width[e]] *= far[_IDLE, e]
+        launched_s, n_far = 0.0, 0.0
+        for b in range(idle.size):  # a launch more where no HBM expert of that width is active
+            launched_s += outside[b] * idle[b] * launch_s[b]
+            n_far += outside[b]
+        sums[_MOVED, first + k], sums[_LAUNCHED, first + k] = max(moved_s, 0.0), launched_s
+        sums[_OUTSIDE, first + k] = max(n_far, 0.0)
 
 
 @njit(**_INNER)
@@ -241,33 +290,6 @@ def _picked(copy, width, c, copies, best, held):  # type: ignore[no-untyped-def]
 
 
 @njit(**_LOOP)
-def far_seconds(load, active, widths, least_tokens, in_place, seconds):  # type: ignore[no-untyped-def]
-    """Fill ``seconds`` [L, NB, E], see `ndp_gym.fillings.far_seconds`."""
-    n_layers, nb, n_experts = seconds.shape
-    for layer in range(n_layers):
-        for b in range(nb):
-            fetch_s = widths[COPY_S, b] + widths[GPU_WEIGHT_S, b]
-            for e in range(n_experts):
-                tokens = max(load[layer, e] / max(active[layer, e], 1e-12), least_tokens)
-                here_s = max(widths[FAR_WEIGHT_S, b], tokens * widths[FAR_TOKEN_S, b])
-                seconds[layer, b, e] = active[layer, e] * (here_s if in_place else fetch_s)
-
-
-@njit(**_LOOP)
-def losses(loss, energy, guard, remake, planned, bits, lost):  # type: ignore[no-untyped-def]
-    """Fill ``lost`` [L, NB, E]: the expert's share of ``loss``, its ``guard``, and making copies.
-
-    ``remake`` [NB] is the price of another width of ``bits`` than the ``planned`` one.
-    """
-    n_layers, nb, n_experts = lost.shape
-    for layer in range(n_layers):
-        for b in range(nb):
-            for e in range(n_experts):
-                value = loss[layer, b, e] * energy[layer, e] + guard[layer, b, e]
-                lost[layer, b, e] = value + (remake[b] if planned[layer, e] != bits[b] else 0.0)
-
-
-@njit(**_LOOP)
 def fill(rates, byte, load, active, widths, constants, far_s, lost, held, costs, choices, values):  # type: ignore[no-untyped-def]
     """Fill ``costs``, ``choices`` and ``values``: every prefix of every ranking of every layer.
 
@@ -278,13 +300,14 @@ def fill(rates, byte, load, active, widths, constants, far_s, lost, held, costs,
     n_layers, nb, n_experts = lost.shape
     n_counts = n_experts + 1
     n_ways = (nb + 2) * n_counts
-    copies, far = np.empty((nb + 2, 6, n_experts)), np.empty((5, n_experts))
+    copies, far = np.empty((nb + 2, 6, n_experts)), np.empty((7, n_experts))
     spare, near = np.empty(n_experts, np.int64), np.empty(n_experts)
     best = np.empty(n_experts, np.int64)
-    sums, idle, room = np.empty((6, n_ways)), np.empty(nb), np.empty((3, n_ways))
+    sums, room = np.empty((9, n_ways)), np.empty((3, n_ways))
+    idle, outside = np.empty(nb), np.empty(nb)
     overlap = max(constants[OVERLAP], 0.0)
     for layer in range(n_layers):
-        _outside(far, best, near, rates, layer, overlap, active, far_s, lost)
+        _outside(far, best, near, rates, layer, overlap, active, widths, far_s, lost)
         _inside(
             copies[:nb], best, near, far, rates, layer, overlap, byte, active, widths, lost, held
         )
@@ -302,14 +325,18 @@ def fill(rates, byte, load, active, widths, constants, far_s, lost, held, costs,
             _prefixes(
                 sums, first, idle, order, width, copy, far, load[layer], widths[LAUNCH_S], token_s
             )
+            if constants[MOVES] > 0.0:
+                _movable(
+                    sums, first, idle, outside, order, width, far, active[layer], widths[LAUNCH_S]
+                )
             values[CHARGED, c, layer], values[GAIN, c, layer] = copy[_SIZE], copy[_GAIN]
         seconds = costs[SECONDS, layer].reshape(n_ways)
-        _layer_seconds(seconds, sums[0], sums[1], sums[2], sums[5], constants, room)
+        _layer_seconds(seconds, sums, constants, room)
         objective = costs[OBJECTIVE, layer].reshape(n_ways)
         for way in range(n_ways):
-            objective[way] = rates[SECOND, layer] * seconds[way] + sums[3, way]
-        costs[GPU_S, layer].reshape(n_ways)[:] = sums[0]
-        costs[N_BYTES, layer].reshape(n_ways)[:] = sums[4]
+            objective[way] = rates[SECOND, layer] * seconds[way] + sums[_LOST, way]
+        costs[GPU_S, layer].reshape(n_ways)[:] = sums[_GPU]
+        costs[N_BYTES, layer].reshape(n_ways)[:] = sums[_CHARGED]
 
 
 @njit(**_LOOP)
@@ -325,12 +352,13 @@ def buy_far(  # type: ignore[no-untyped-def]
     best_share, best = np.empty(n_layers), np.empty((n_layers, n_experts), np.int64)
     hot, doubt, value = np.empty(n_experts, np.bool_), np.empty(n_experts), np.empty(n_experts)
     found, room = np.empty((shares.size, n_experts), np.int64), np.empty((3, shares.size))
-    sums, total, losses = np.empty((4, shares.size)), np.empty(shares.size), np.empty(shares.size)
+    sums, total, idle = np.empty((9, shares.size)), np.empty(shares.size), np.empty(widths.shape[1])
     for layer in range(n_layers):
         c, count = chosen[layer] // (n_experts + 1), chosen[layer] % (n_experts + 1)
         for k in range(n_experts):
             hot[ranking[c, layer, k]] = k < count
         hot_variance, hot_load = 0.0, 0.0
+        idle[:] = 1.0
         factor = rates[FAR_FACTOR, layer]
         for e in range(n_experts):
             doubt[e] = (1.0 - active[layer, e]) / max(active[layer, e], 1e-12)
@@ -339,49 +367,35 @@ def buy_far(  # type: ignore[no-untyped-def]
                 own_s *= rates[GPU_FACTOR, layer] * active[layer, e]
                 hot_variance += own_s * own_s * doubt[e]
                 hot_load += load[layer, e]
+                idle[index[c, layer, e]] *= math.exp(-active[layer, e])
         for i in range(shares.size):
-            price, seconds, loss = shares[i] * rates[SECOND, layer], 0.0, 0.0
-            _cheapest(found[i], value, price, factor, far_s[layer], lost[layer])
-            spread = hot_variance
+            _cheapest(
+                found[i], value, shares[i] * rates[SECOND, layer], factor, far_s[layer], lost[layer]
+            )
+            sums[:, i] = 0.0
+            sums[_GPU, i], sums[_HOT, i] = gpu_s[layer, c, count], hot_load
+            sums[_SPREAD, i] = hot_variance
             for e in range(n_experts):
                 if not hot[e]:
-                    own_s = factor * far_s[layer, found[i, e], e]
-                    seconds += own_s
-                    loss += lost[layer, found[i, e], e]
-                    spread += own_s * own_s * doubt[e]
-            sums[0, i], sums[1, i], sums[2, i] = gpu_s[layer, c, count], seconds, spread
-            sums[3, i], losses[i] = hot_load, loss
-        _layer_seconds(total, sums[0], sums[1], sums[2], sums[3], constants, room)
+                    b = found[i, e]
+                    own_s = factor * far_s[layer, b, e]
+                    moved_s = widths[COPY_S, b] + rates[GPU_FACTOR, layer] * widths[GPU_WEIGHT_S, b]
+                    sums[_FAR, i] += own_s
+                    sums[_LOST, i] += lost[layer, b, e]
+                    sums[_SPREAD, i] += own_s * own_s * doubt[e]
+                    sums[_MOVED, i] += active[layer, e] * moved_s
+                    sums[_LAUNCHED, i] += active[layer, e] * idle[b] * widths[LAUNCH_S, b]
+                    sums[_OUTSIDE, i] += active[layer, e]
+        _layer_seconds(total, sums, constants, room)
         least, at = np.inf, 0
         for i in range(shares.size):
-            if rates[SECOND, layer] * total[i] + losses[i] < least:
-                least, at = rates[SECOND, layer] * total[i] + losses[i], i
+            objective = rates[SECOND, layer] * total[i] + sums[_LOST, i]
+            if objective < least:
+                least, at = objective, i
         best_share[layer] = shares[at]
         for e in range(n_experts):
             best[layer, e] = found[at, e]
     return best_share, best
-
-
-@njit(**_LOOP)
-def target(chosen, bits_of, n_bytes, index, gain, ranking):  # type: ignore[no-untyped-def]
-    """[L, E] bits, value and value of copies present, see `ndp_gym.allocation.Target`.
-
-    ``chosen`` [L] are flat indices into (C, E + 1), ``bits_of`` the widths by index; the others are
-    `ndp_gym.fillings.Items`.
-    """
-    n_rankings, n_layers, n_experts = gain.shape
-    bits = np.zeros((n_layers, n_experts), np.int64)
-    value, present_value = np.empty(bits.shape), np.empty(bits.shape)
-    for layer in range(n_layers):
-        c, count = chosen[layer] // (n_experts + 1), chosen[layer] % (n_experts + 1)
-        for k in range(count):
-            e = ranking[c, layer, k]
-            bits[layer, e] = bits_of[index[c, layer, e]]
-        for e in range(n_experts):
-            value[layer, e] = gain[c, layer, e] / n_bytes[c, layer, e]
-            held = n_rankings - 1
-            present_value[layer, e] = gain[held, layer, e] / n_bytes[held, layer, e]
-    return bits, value, present_value
 
 
 @njit(**_LOOP)

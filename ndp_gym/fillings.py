@@ -57,6 +57,7 @@ class Window(NamedTuple):
         far_s: [L, NB, E] from `far_seconds`.
         lost: [L, NB, E] objective lost by serving the expert at that width, wherever it is.
         present: [L, E] bits of the copies in HBM, 0 = none: free to keep, and charged.
+        moves: the busiest experts of a step are copied to the GPU (service ``balance``).
     """
 
     table: CostTable
@@ -65,6 +66,7 @@ class Window(NamedTuple):
     far_s: FloatArray
     lost: FloatArray
     present: IntArray
+    moves: bool = False
 
 
 class Items(NamedTuple):
@@ -111,9 +113,9 @@ class Fillings(NamedTuple):
 
 
 @cache
-def _compiled() -> ModuleType:
-    """The module that brings numba."""
-    return import_module("ndp_gym.filling_loops")
+def _compiled() -> tuple[ModuleType, ModuleType]:
+    """The modules that bring numba: `ndp_gym.window_loops` and `ndp_gym.filling_loops`."""
+    return import_module("ndp_gym.window_loops"), import_module("ndp_gym.filling_loops")
 
 
 def fillings(window: Window, prices: Prices) -> Fillings:
@@ -122,7 +124,7 @@ def fillings(window: Window, prices: Prices) -> Fillings:
     Raises:
         ValueError: an array of ``prices`` is not of one entry per layer.
     """
-    loops = _compiled()
+    _, loops = _compiled()
     n_layers, nb, n_experts = window.lost.shape
     costs = np.empty((4, n_layers, nb + 2, n_experts + 1))
     choices = np.empty((2, nb + 2, n_layers, n_experts), dtype=np.int64)
@@ -166,6 +168,7 @@ def _packed(window: Window, prices: Prices) -> Packed:
             table.overlap if window.in_place else -1.0,
             expected.n_tokens,
             expected.top_k,
+            window.moves,
         ]
     )
     return Packed(
@@ -180,10 +183,7 @@ def _packed(window: Window, prices: Prices) -> Packed:
 
 
 def _widths(table: CostTable) -> FloatArray:
-    return np.array([
-        table.weight_bytes, table.gpu_weight_s, table.gpu_launch_s, table.copy_s,
-        table.far_weight_s, table.far_token_s,
-    ])  # fmt: skip
+    return np.array([table.weight_bytes, table.gpu_weight_s, table.gpu_launch_s, table.copy_s])
 
 
 def far_seconds(table: CostTable, in_place: bool, expected: Forecast) -> FloatArray:
@@ -193,9 +193,10 @@ def far_seconds(table: CostTable, in_place: bool, expected: Forecast) -> FloatAr
     """
     n_layers, n_experts = expected.load.shape
     seconds = np.empty((n_layers, len(table.bits), n_experts))
-    _compiled().far_seconds(
-        np.ascontiguousarray(expected.load), np.ascontiguousarray(expected.active), _widths(table),
-        float(table.far_min_tokens), in_place, seconds,
+    fetch_s = np.full(len(table.bits), -1.0) if in_place else table.copy_s + table.gpu_weight_s
+    _compiled()[0].far_seconds(
+        np.ascontiguousarray(expected.load), np.ascontiguousarray(expected.active),
+        table.far_weight_s, table.far_token_s, float(table.far_min_tokens), fetch_s, seconds,
     )  # fmt: skip
     return seconds
 
@@ -220,5 +221,5 @@ def lost_at(
     """
     lost = np.empty(loss.shape)
     energy = np.ascontiguousarray(expected.energy)
-    _compiled().losses(loss, energy, guard, remake, planned, table.bits, lost)
+    _compiled()[0].losses(loss, energy, guard, remake, planned, table.bits, lost)
     return lost

@@ -22,9 +22,9 @@ from ndp_gym.layer_features import FEATURES, Estimate, features_of, outside_s
 from ndp_gym.layer_forecast import LaneForecaster, Learned, Routing, entry
 from ndp_gym.outcome import Outcome
 from ndp_gym.plan import HBM, Plan
-from ndp_gym.planners import Copies, Facts, Guess, Knobs, Nudges, balance, constants_of, facts_of
+from ndp_gym.planners import Copies, Facts, Guesses, Knobs, Nudges, balance, constants_of, facts_of
 from ndp_gym.quality import QualityModel, layer_weights
-from ndp_gym.specs import MoESpec, SystemSpec
+from ndp_gym.specs import MoESpec, Service, SystemSpec
 from ndp_gym.speeds import GAIN, LaneSpeeds, scaled
 
 __all__ = ["ACTIONS", "Decided", "LayerAgents", "base_constants", "layer_rewards"]
@@ -47,11 +47,12 @@ _ADMITTED, _LIVE, _MEAN_CONTEXT, _BUDGET = (
 
 
 class Decided(NamedTuple):
-    """Plans of N lanes: tier, bits and migration order, [N, L, E] each."""
+    """Plans of N lanes: tier, bits and migration order, [N, L, E] each, and N services."""
 
     tier: NDArray[np.uint8]
     bits: NDArray[np.uint8]
     order: FloatArray
+    services: list[Service]
 
 
 def base_constants(base: Mapping[str, float]) -> tuple[Knobs, Blend, float]:
@@ -117,7 +118,7 @@ class LayerAgents:
         self._weights = layer_weights(model)
         self._forecaster = LaneForecaster(n_lanes, self._shape, profile, self._blend, learned)
         self._planned = np.zeros((n_lanes, *self._shape), np.int64)
-        self._guesses: list[Guess | None] = [None] * n_lanes
+        self._guesses: list[Guesses] = [()] * n_lanes
         self._seen: tuple[Observations, Routing, FloatArray] | None = None
 
     def _facts_of(self, system: SystemSpec, quality_weight: float) -> Facts:
@@ -136,7 +137,7 @@ class LayerAgents:
         self._speeds.reset(lane)
         self._forecaster.reset(lane)
         self._planned[lane] = 0
-        self._guesses[lane] = None
+        self._guesses[lane] = ()
 
     def observe(
         self,
@@ -188,8 +189,8 @@ class LayerAgents:
         present = np.where(is_near, observations["bitwidth"], 0).astype(np.int64)
         usual, own = self._energy(share), self._energy(mixed)
         shape = share.shape
-        decided = Decided(np.empty(shape, np.uint8), np.empty(shape, np.uint8), np.empty(shape))
-        for lane, (tier, bits, order) in enumerate(zip(*decided, strict=True)):
+        decided = Decided(np.empty(shape, np.uint8), np.empty(shape, np.uint8), np.empty(shape), [])
+        for lane, (tier, bits, order) in enumerate(zip(*decided[:3], strict=True)):
             nudges = None
             if clipped[lane].any():
                 far_value, price, hysteresis, _ = clipped[lane].T
@@ -199,6 +200,7 @@ class LayerAgents:
             plan = self._plan(lane, routing, present[lane], nudges)
             tier[...], bits[...] = plan.placement.tier, plan.placement.bitwidth
             order[...] = plan.migration_order
+            decided.services.append(plan.service or self._told[0].default_service)
         self.ordered(decided.tier, decided.bits)
         return decided
 
@@ -236,7 +238,7 @@ class LayerAgents:
         facts = self._lane_facts[lane]
         facts = facts._replace(table=scaled(facts.table, self._speeds.factors[lane]))
         if context[_ADMITTED] > 0:
-            self._guesses[lane] = None
+            self._guesses[lane] = ()
         plan, self._guesses[lane] = balance(
             facts,
             routing,

@@ -29,10 +29,11 @@ from ndp_gym.fillings import Fillings, Prices, Window, far_seconds, fillings, lo
 from ndp_gym.forecast import Blend, Forecast
 from ndp_gym.plan import FAR, HBM, Placement, Plan, nearest_width
 from ndp_gym.quality import QualityModel, layer_weights, rel_mse_table
-from ndp_gym.specs import MoESpec, SystemSpec
+from ndp_gym.specs import MoESpec, Service, SystemSpec
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+MOVING = Service(kind="balance")
 
 SUPER_EXPERT_NATS = 0.8
 """Loss where the super experts are served at <= 2 bits (``quantization.md`` section 0, guard)."""
@@ -49,6 +50,8 @@ class Knobs:
         hysteresis: share of a promotion's link time that is charged to the window it happens in.
         migration_cap: windows within which all promotions of a plan should have arrived.
         min_gain: least predicted gain (nats of log time) for which a placement is changed at all.
+        moves: 1: in windows for which it is predicted to be better, the busiest experts of a step
+            are copied to the GPU (service ``balance``); 0: never.
     """
 
     gpu_factor: float = 1.0
@@ -57,6 +60,7 @@ class Knobs:
     hysteresis: float = 0.05
     migration_cap: float = 1.0
     min_gain: float = 0.002
+    moves: float = 1.0
 
 
 def constants_of(constants: Mapping[str, float]) -> tuple[Knobs, Blend]:
@@ -99,6 +103,7 @@ class Facts(NamedTuple):
         guard: [L, NB, E] reward lost by serving the expert so, whatever its energy.
         requantise_s: [NB] seconds to make a copy; 0 where replicas are stored.
         in_place: the far device computes.
+        service: of plans that move nothing; ``None`` is the system's default.
         window: decode steps between two plans.
     """
 
@@ -107,6 +112,7 @@ class Facts(NamedTuple):
     guard: FloatArray
     requantise_s: FloatArray
     in_place: bool
+    service: Service | None
     window: int
 
 
@@ -136,11 +142,15 @@ class Guess(NamedTuple):
     far_share: FloatArray
 
 
+Guesses = tuple[Guess, ...]
+"""Without moves, and with them where they were considered; empty before a first plan."""
+
+
 def facts_of(
     model: MoESpec, system: SystemSpec, quality: QualityModel, quality_weight: float, window: int
 ) -> Facts:
     """The planner's constants for ``model`` on the nominal ``system``."""
-    table = cost_table(model, system)
+    table, kind = cost_table(model, system), system.default_service.kind
     errors = np.asarray(rel_mse_table(model, system, quality), dtype=np.float64).swapaxes(1, 2)
     loss = quality_weight * quality.kappa * layer_weights(model)[:, None, None] * errors
     guard = np.zeros_like(loss)
@@ -153,7 +163,8 @@ def facts_of(
         loss=np.ascontiguousarray(loss),
         guard=np.ascontiguousarray(guard),
         requantise_s=np.array(remake),
-        in_place=system.default_service.kind == "in_place",
+        in_place=kind != "fetch",
+        service=Service(kind="in_place") if kind == "balance" else None,
         window=window,
     )
 
@@ -164,9 +175,9 @@ def balance(
     copies: Copies,
     budget_bytes: float,
     knobs: Knobs,
-    guess: Guess | None = None,
+    guesses: Guesses = (),
     nudges: Nudges | None = None,
-) -> tuple[Plan, Guess]:
+) -> tuple[Plan, Guesses]:
     """The plan that balances GPU and far device in every layer within ``budget_bytes``.
 
     It never exceeds the budget as ``transition`` charges it (a copy that changes width counts at
@@ -180,34 +191,35 @@ def balance(
         copies: what the last plan left.
         budget_bytes: HBM for experts.
         knobs: constants.
-        guess: from the last plan, where little has changed since: halves the work.
+        guesses: from the last plan, where little has changed since: halves the work.
         nudges: each layer chooses once more by these, within the HBM bytes that the planner gave
             it, so that no layer takes from another.
 
     Returns:
-        The plan, and the guess for the next one.
+        The plan, and the guesses for the next one.
     """
-    task = _Task(facts, copies, budget_bytes, knobs, bool(copies.planned.any()))
-    if guess:
-        best = _search(task, expected, guess)
-    else:
-        # log T is concave in T: a first and a last resort each have a valley of their own.
-        answers = []
-        for start in _first_guesses(facts, expected, budget_bytes):
-            rough = _search(task, expected, start)
-            answers += [rough, _search(task, expected, rough.guess)]
-        best = min(answers, key=lambda answer: answer.objective)
-    return _plan_of(task, best if nudges is None else _nudged(task, best, nudges)), best.guess
+    still = _Task(facts, copies, budget_bytes, knobs, bool(copies.planned.any()))
+    tasks = [still, still._replace(moves=True)] if knobs.moves and facts.in_place else [still]
+    answers = [_best(task, expected, guesses[i : i + 1]) for i, task in enumerate(tasks)]
+    task, best = min(zip(tasks, answers, strict=True), key=lambda pair: pair[1].objective)
+    plan = _plan_of(task, best if nudges is None else _nudged(task, best, nudges))
+    return plan, tuple(answer.guess for answer in answers)
 
 
 class _Task(NamedTuple):
-    """What `balance` was given, less the routing; ``has_plan``: this is not the first of one."""
+    """What `balance` was given, less the routing.
+
+    Attributes:
+        has_plan: this is not the first plan.
+        moves: the busiest experts of a step are copied to the GPU.
+    """
 
     facts: Facts
     copies: Copies
     budget_bytes: float
     knobs: Knobs
     has_plan: bool
+    moves: bool = False
 
 
 class _Answer(NamedTuple):
@@ -219,6 +231,18 @@ class _Answer(NamedTuple):
     chosen: IntArray
     far_index: IntArray
     guess: Guess
+
+
+def _best(task: _Task, expected: Forecast, guesses: Guesses) -> _Answer:
+    """What the guess leads to; without one, the best of two resorts."""
+    if guesses:
+        return _search(task, expected, guesses[0])
+    # log T is concave in T: a first and a last resort each have a valley of their own.
+    answers = []
+    for start in _first_guesses(task.facts, expected, task.budget_bytes):
+        rough = _search(task, expected, start)
+        answers += [rough, _search(task, expected, rough.guess)]
+    return min(answers, key=lambda answer: answer.objective)
 
 
 def _search(task: _Task, expected: Forecast, guess: Guess) -> _Answer:
@@ -282,7 +306,8 @@ def _plan_of(task: _Task, best: _Answer) -> Plan:
         tier=np.where(is_near, np.uint8(HBM), np.uint8(FAR)),
         bitwidth=np.where(is_near, target.bits, table.bits[far_index]).astype(np.uint8),
     )
-    return Plan(placement=placement, migration_order=target.value)
+    service = MOVING if task.moves else task.facts.service
+    return Plan(placement=placement, migration_order=target.value, service=service)
 
 
 def hot_plan(
@@ -320,7 +345,7 @@ def _window(task: _Task, expected: Forecast, second: float) -> Window:
     remake = second * facts.requantise_s / facts.window * task.has_plan
     lost = lost_at(facts.table, expected, facts.loss, facts.guard, remake, copies.planned)
     far_s = far_seconds(facts.table, facts.in_place, expected)
-    return Window(facts.table, facts.in_place, expected, far_s, lost, copies.present)
+    return Window(facts.table, facts.in_place, expected, far_s, lost, copies.present, task.moves)
 
 
 def _outside_s(table: CostTable, expected: Forecast) -> float:

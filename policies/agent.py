@@ -57,5 +57,6 @@ class LayerAgent:
     def __call__(self, observation: Observation) -> Plan:
         """What the network says, without noise."""
         features = self.layers.observe({name: a[None] for name, a in observation.items()})
-        tier, bits, order = self.layers.decide(self.agent(features).astype(np.float64))
-        return Plan(placement=Placement(tier=tier[0], bitwidth=bits[0]), migration_order=order[0])
+        tier, bits, order, services = self.layers.decide(self.agent(features).astype(np.float64))
+        placement = Placement(tier=tier[0], bitwidth=bits[0])
+        return Plan(placement=placement, migration_order=order[0], service=services[0])

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from ndp_gym.forecast import Forecast, Forecaster
 from ndp_gym.plan import HBM, Plan
-from ndp_gym.planners import Copies, Guess, balance, constants_of, facts_of
+from ndp_gym.planners import Copies, Guesses, balance, constants_of, facts_of
 from ndp_gym.policy import Observation, PolicyContext, budget_bytes, context_entry
 
 
@@ -14,8 +14,8 @@ class Balance:
 
     Args:
         constants: fields of `Knobs` (gpu_factor, far_factor, price, hysteresis,
-            migration_cap, min_gain) and of
-            `Blend` (prefill_tokens, decay, floor).
+            migration_cap, min_gain, moves) and of
+            `Blend` (prefill_tokens, decay, floor, gates, intensity).
     """
 
     def __init__(self, **constants: float) -> None:
@@ -33,20 +33,20 @@ class Balance:
             context.model, context.system, context.quality, context.quality_weight, context.window
         )
         self.forecaster = Forecaster(self.blend, context.model.top_k, context.profile)
-        self.guess: Guess | None = None
+        self.guesses: Guesses = ()
         self.planned = np.zeros((context.model.n_layers, context.model.n_experts), np.int64)
 
     def __call__(self, observation: Observation) -> Plan:
         """The balanced plan for the blend of past loads."""
         if context_entry(observation, "n_admitted") > 0:
-            self.guess = None
-        plan, self.guess = balance(
+            self.guesses = ()
+        plan, self.guesses = balance(
             self.facts,
             self.expect(observation),
             self._copies(observation),
             budget_bytes(observation),
             self.knobs,
-            self.guess,
+            self.guesses,
         )
         self.planned = plan.placement.bitwidth.astype(np.int64)
         return plan

@@ -19,8 +19,8 @@ ROOMS = {
     "quality": "quality quality_file quantizers quantizer_loops checkpoint expert_weights "
     "quality_measure",
     "cost": "cost budget",
-    "plan": "plan policy policy_calls predictor bit_ladder forecast fillings filling_loops "
-    "allocation allocation_loops planners",
+    "plan": "plan policy policy_calls predictor bit_ladder forecast fillings window_loops "
+    "filling_loops allocation allocation_loops planners",
     "simulate": "kernel_data kernel simulate state outcome outcome_loops packing batch",
     "reward": "reward bound bound_loops exhaustive local_search",
     "env": "schedule condition conditions machines memory lane_loops lanes inputs bounds encoding "

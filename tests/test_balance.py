@@ -5,15 +5,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ndp_gym import presets
+from ndp_gym import evaluate, presets
 from ndp_gym.cost import cost_table, expert_bytes
 from ndp_gym.forecast import Blend, Forecaster, expected, known, mixed, shares
+from ndp_gym.inputs import find_model, find_system, open_trace
 from ndp_gym.lanes import Lanes
 from ndp_gym.plan import FAR, HBM
 from ndp_gym.planners import Copies, Knobs, Nudges, balance, facts_of, hot_plan
 from ndp_gym.policy import PolicyContext, resolve
 from ndp_gym.quality import QualityModel
 from ndp_gym.reward import reward_terms
+from ndp_gym.rollout import Task, run_policy, train_profile
+from policies.balance import Balance
 from tests.conftest import make_trace
 from tests.test_policies import MODEL, SHAPE, SYSTEM, charged_bytes, observe, random_load
 
@@ -36,8 +39,8 @@ def plan_for(load, *, system=SYSTEM, budget=0.10, before=None, model=MODEL, knob
         bits = before.placement.bitwidth.astype(np.int64)
         copies = Copies(planned=bits, present=np.where(before.placement.tier == HBM, bits, 0))
     routing = expected(shares(load), 4.0, 2000.0, model.top_k)
-    plan, guess = balance(facts, routing, copies, budget * ROUTED, knobs or Knobs())
-    assert guess.step_s > 0
+    plan, guesses = balance(facts, routing, copies, budget * ROUTED, knobs or Knobs())
+    assert all(guess.step_s > 0 for guess in guesses)
     return plan
 
 
@@ -147,7 +150,7 @@ def test_one_width_no_launch_and_room_for_all_gives_the_split_of_least_expected_
     link = replace(SYSTEM.link, bandwidth_bytes_per_s=1e15, latency_s=0.0)
     system = replace(NO_LAUNCH, far=far, link=link, format=format4, stored_bits=(4,))
     load = random_load(1)
-    plan = plan_for(load, system=system, budget=2.0)
+    plan = plan_for(load, system=system, budget=2.0, knobs=Knobs(moves=0))
     table = cost_table(MODEL, system)
     active = expected(shares(load), 4.0, 0.0, MODEL.top_k).active
     for layer in range(MODEL.n_layers):
@@ -339,3 +342,44 @@ def test_balance_earns_more_than_the_simpler_heuristics(rewards):
     best = max(value for name, (value, _) in rewards.items() if name != "balance")
     assert rewards["all_far4"][0] == pytest.approx(0.0, abs=1e-9)
     assert rewards["balance"][0] > best
+
+
+def test_busy_experts_move_where_the_link_is_worth_the_launches():
+    load = random_load(2)
+    fast = replace(SYSTEM.link, bandwidth_bytes_per_s=SYSTEM.far.bandwidth_bytes_per_s)
+    slow = replace(SYSTEM.link, bandwidth_bytes_per_s=1e8)
+    for link, moves in ((fast, True), (slow, False)):
+        plan = plan_for(load, system=replace(NO_LAUNCH, link=link), budget=0.02)
+        assert (plan.service is not None and plan.service.kind == "balance") == moves
+    plan = plan_for(load, system=replace(NO_LAUNCH, link=fast), budget=0.02, knobs=Knobs(moves=0))
+    assert plan.service is None
+    stores = replace(NO_LAUNCH, far=replace(NO_LAUNCH.far, can_compute=False), link=fast)
+    assert plan_for(load, system=stores, budget=0.02).service is None
+
+
+def test_expected_seconds_with_moves_are_those_of_the_simulator():
+    trace = open_trace(None)
+    policy = Balance()
+    task = Task(
+        trace=trace, model=find_model(None, trace), system=find_system(None), batch_size=8,
+        window=16, hbm_budget=0.1, split="val", scheduling="continuous", quality=QualityModel(),
+        quality_weight=4.0, max_windows=48, profile=train_profile(trace),
+    )  # fmt: skip
+    windows, guessed = [], []
+
+    def watch(replayed):
+        windows.append(replayed)
+        guessed.append(policy.guesses[1].step_s)
+
+    run_policy(policy, task, seed=0, watch=watch)
+    moved = [w.plan.service is not None and w.plan.service.kind == "balance" for w in windows]
+    assert np.mean(moved) > 0.9
+    measured = [w.outcome.decode_s / (w.outcome.step_tokens > 0).sum() for w in windows]
+    ratio = np.array(measured)[moved] / np.array(guessed)[moved]
+    assert 0.95 < ratio[8:].mean() < 1.15  # copies are under way at first
+
+
+def test_moving_is_worth_what_it_should_be_on_the_bundled_recording():
+    result = evaluate(["balance:moves=0", "balance:moves=1"], split="val", max_windows=48)
+    one, other = (row["reward"] for row in result.rows[-2:])
+    assert other > one + 0.03

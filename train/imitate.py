@@ -112,7 +112,7 @@ class OracleLesson(OracleBalance):
         features = self.layers.observe(copies)[0]
         if self.agent is not None:
             self.actions[-1] = self.agent(features)
-        tier, bits, order = self.layers.decide(self.actions)
+        tier, bits, order, services = self.layers.decide(self.actions)
         placement = wanted.placement
         misses = missed(
             self.expected.load, (tier[:-1], bits[:-1]), (placement.tier, placement.bitwidth)
@@ -123,7 +123,7 @@ class OracleLesson(OracleBalance):
         self.labels.append(labels / weights.sum(axis=0)[:, None])
         if self.agent is not None:
             placement = Placement(tier=tier[-1], bitwidth=bits[-1])
-            wanted = Plan(placement=placement, migration_order=order[-1])
+            wanted = Plan(placement=placement, migration_order=order[-1], service=services[-1])
             self.planned = bits[-1].astype(np.int64)
         shape = tier.shape
         self.layers.ordered(

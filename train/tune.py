@@ -64,6 +64,7 @@ _BALANCE = {
     "hysteresis": Range(0.005, 1.0, 0.05, "log"),
     "migration_cap": Range(0.25, 8.0, 1.0, "log"),
     "min_gain": Range(1e-4, 0.02, 0.002, "log"),
+    "moves": Range(0, 1, 1, "whole"),
     "prefill_tokens": Range(8.0, 1024.0, 64.0, "log"),
     "decay": Range(0.3, 0.98, 0.85),
     "floor": Range(0.0, 0.4, 0.12),
