@@ -16,7 +16,7 @@ from ndp_gym.fillings import Fillings
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-FAR_SHARES = (1.0, 0.5, 0.2, 0.05, 0.0)
+FAR_SHARES = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)
 """Shares of the far device in a layer's time that are tried when its widths are bought."""
 
 

@@ -34,6 +34,8 @@ from ndp_gym.specs import MoESpec, Service, SystemSpec
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 MOVING = Service(kind="balance")
+N_MORE, ENOUGH = 4, 3e-3
+"""Rounds of the search after the first, and the nats that one must gain for another to follow."""
 
 SUPER_EXPERT_NATS = 0.8
 """Loss where the super experts are served at <= 2 bits (``quantization.md`` section 0, guard)."""
@@ -201,7 +203,9 @@ def balance(
     still = _Task(facts, copies, budget_bytes, knobs, bool(copies.planned.any()))
     tasks = [still, still._replace(moves=True)] if knobs.moves and facts.in_place else [still]
     answers = [_best(task, expected, guesses[i : i + 1]) for i, task in enumerate(tasks)]
-    task, best = min(zip(tasks, answers, strict=True), key=lambda pair: pair[1].objective)
+    moves = int(np.argmin([answer.objective for answer in answers]))
+    task, best = tasks[moves], _refined(tasks[moves], expected, answers[moves])
+    answers[moves] = best
     plan = _plan_of(task, best if nudges is None else _nudged(task, best, nudges))
     return plan, tuple(answer.guess for answer in answers)
 
@@ -243,6 +247,16 @@ def _best(task: _Task, expected: Forecast, guesses: Guesses) -> _Answer:
         rough = _search(task, expected, start)
         answers += [rough, _search(task, expected, rough.guess)]
     return min(answers, key=lambda answer: answer.objective)
+
+
+def _refined(task: _Task, expected: Forecast, answer: _Answer) -> _Answer:
+    """Search on from where ``answer`` got, while that is worth it."""
+    for _ in range(N_MORE):
+        again = _search(task, expected, answer.guess)
+        if again.objective > answer.objective - ENOUGH:
+            return min(again, answer, key=lambda a: a.objective)
+        answer = again
+    return answer
 
 
 def _search(task: _Task, expected: Forecast, guess: Guess) -> _Answer:
