@@ -217,7 +217,7 @@ def test_experiments_are_options(path: Path) -> None:
     args = parse(Args, ["--conf-file", str(path)], "")
     assert f"n_timesteps: {args.n_windows} " in text
     assert args.conditions in text or args.conditions == "fix"
-    assert (args.gamma, args.hidden, args.learning_rate, args.window) == (0.5, 64, 1e-3, 16)
+    assert (args.gamma, args.hidden, args.learning_rate, args.window) == (0.5, 64, 3e-4, 16)
     assert f"batch_size: {args.minibatch}\n" in text
     command = next(line for line in text.splitlines() if line.startswith("# python -m train.ppo"))
     assert f"--conf-file {path.relative_to(ROOT)}" in command

@@ -53,21 +53,21 @@ class Args(Setting):
     """tuning whose constants the planner has that agents bend (default: untuned)"""
     init: str | None = None
     """agent to start from (default: a new network)"""
-    n_windows: int = 60_000
+    n_windows: int = 16_000
     """decode windows to train on, all copies together"""
     eval_every: int = 4_096
     """windows between two evaluations and checkpoints"""
     n_lanes: int = 16
     """copies of the environment per recording, each with one agent per layer"""
-    own: float = 1.0
-    """share of an agent's reward that is its own layer's"""
+    own: float = 0.0
+    """share of an agent's reward that is its own layer's: the link's time is everybody's"""
     n_steps: int = 32
     """windows per copy and update"""
-    minibatch: int = 512
+    minibatch: int = 2048
     """samples per gradient step"""
     n_epochs: int = 5
     """passes over the samples of an update"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """falls linearly to a twentieth"""
     gamma: float = 0.5
     """discount per window"""
@@ -75,7 +75,7 @@ class Args(Setting):
     """of the advantage estimate"""
     hidden: int = 64
     """width of the two hidden layers"""
-    log_std_init: float = -1.0
+    log_std_init: float = -2.0
     """log of the exploration noise at the start"""
     wandb: Mode = "offline"
     """tracking: offline, online or disabled"""
