@@ -21,7 +21,7 @@ from ndp_gym.layer_features import FEATURES
 
 __all__ = ["Agent", "load_agent", "save_agent"]
 
-KIND, VERSION = "ndp-gym layer agents", 2
+KIND, VERSION = "ndp-gym layer agents", 3
 FloatArray = NDArray[np.float32]
 
 
@@ -33,7 +33,7 @@ class Agent:
         features: (offset, scale) of its inputs, by name and in order.
         layers: weight [n_out, n_in] and bias [n_out] of every layer; tanh between them.
         base: constants of the planner whose decisions it bends, by name.
-        forecast: weights [5, 5] of its forecast (`ndp_gym.layer_forecast.Learned`), ``None`` for
+        forecast: weights [5, 6] of its forecast (`ndp_gym.layer_forecast.Learned`), ``None`` for
             the planner's own.
         card: what else is known about it: training, scores.
 
@@ -54,8 +54,8 @@ class Agent:
             raise ValueError(f"layer agents have no features {unknown}; they have {list(FEATURES)}")
         base_constants(self.base)
         weights = self.forecast
-        if weights is not None and not (weights.shape == (5, 5) and np.isfinite(weights).all()):
-            raise ValueError(f"forecast must be 5 x 5 finite weights, got {weights.tolist()}")
+        if weights is not None and not (weights.shape == (5, 6) and np.isfinite(weights).all()):
+            raise ValueError(f"forecast must be 5 x 6 finite weights, got {weights.tolist()}")
         n_in = len(self.features)
         for i, (weight, bias) in enumerate(self.layers):
             if weight.ndim != 2 or weight.shape[1] != n_in or bias.shape != weight.shape[:1]:

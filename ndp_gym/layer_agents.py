@@ -115,7 +115,7 @@ class LayerAgents:
         self._lane_told = [self._told] * n_lanes
         self._nominal = LaneFacts(facts, n_lanes)
         self._speeds = LaneSpeeds(n_lanes, model.top_k, gain)
-        self._weights = layer_weights(model)
+        self._weights, self._learned = layer_weights(model), learned
         self._forecaster = LaneForecaster(n_lanes, self._shape, profile, self._blend, learned)
         self._planned = np.zeros((n_lanes, *self._shape), np.int64)
         self._guesses: list[Guesses] = [()] * n_lanes
@@ -214,6 +214,9 @@ class LayerAgents:
         """[N, L, E] expected shares of gate energy if ``share`` is the routing of the lanes."""
         assert self._seen is not None
         observations, routing, _ = self._seen
+        if self._learned is not None:
+            n_live = np.maximum(entry(observations["context"], "n_live"), 1.0)
+            return self._learned.energy(share, routing.gates, n_live)
         load = observations["ema_load"].astype(np.float64)
         energy, has_load = np.empty(share.shape), load.any(axis=-1).all(axis=-1)
         for lanes in (has_load, ~has_load):

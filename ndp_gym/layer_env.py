@@ -24,7 +24,6 @@ from stable_baselines3.common.vec_env.base_vec_env import (
 
 from ndp_gym.budget import HbmBudget
 from ndp_gym.conditions import Conditions, find_conditions
-from ndp_gym.directions import train_directions
 from ndp_gym.inputs import (
     ModelLike,
     QualityLike,
@@ -38,6 +37,7 @@ from ndp_gym.inputs import (
 from ndp_gym.lanes import Lanes
 from ndp_gym.layer_agents import ACTIONS, LayerAgents, layer_rewards
 from ndp_gym.layer_forecast import learned_of
+from ndp_gym.patterns import train_patterns
 from ndp_gym.reward import quality_weight as weight_of
 from ndp_gym.reward import reward, reward_terms
 from ndp_gym.rollout import train_profile
@@ -100,7 +100,7 @@ class LayerVecEnv(_Agents):
         own: share of an agent's reward that is its own layer's (`layer_rewards`); the rest is the
             environment's, the same for all layers of a copy.
         base: constants of the planner that agents bend, see `LayerAgents`.
-        forecast: weights [5, 5] of their forecast, see `ndp_gym.layer_forecast.Learned`.
+        forecast: weights [5, 6] of their forecast, see `ndp_gym.layer_forecast.Learned`.
         max_windows: windows per episode.
         others: see `NDPPlacementEnv`.
 
@@ -150,7 +150,7 @@ class LayerVecEnv(_Agents):
             self.lanes.model, self.lanes.system, self.lanes.simulator.quality,
             self.lanes.base.quality_weight, window, n_lanes=2 * n_lanes,
             profile=train_profile(opened), base=base,
-            learned=learned_of(forecast, train_directions(opened)),
+            learned=learned_of(forecast, train_patterns(opened)),
         )  # fmt: skip
         self.forecast = forecast
         self._requests = opened.split_requests(split)

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ndp_gym.forecast import Blend, shares
 from ndp_gym.lanes import CONTEXT_NAMES, Observations
+from ndp_gym.policy import Patterns
 
 FloatArray = NDArray[np.float64]
 FAST_DECAY = 0.5
@@ -46,39 +47,51 @@ class Learned(NamedTuple):
     """A forecast that was fitted on a train split, in place of the blend (`train.forecast`).
 
     The share expected of an expert is the prior's, plus what slow memory, fast memory and prompts
-    say beyond it, as they are and projected on the directions, each by its weight.
+    say beyond it, as they are and projected on the directions, each by its weight. Gate energy is
+    the averaged one by its weight, the rest by what an expert draws per load.
 
     Attributes:
-        directions: [R, L, E] orthogonal, see `ndp_gym.directions`.
-        weights: [5, 5] a row for 1, 2, 4, 8 and 16 live requests; columns: slow, fast, and the
-            projections of slow, fast and prompts.
+        patterns: of the train split.
+        weights: [5, 6] a row for 1, 2, 4, 8 and 16 live requests; columns: slow, fast, the
+            projections of slow, fast and prompts, and averaged gate energy.
     """
 
-    directions: FloatArray
+    patterns: Patterns
     weights: FloatArray
 
     def shares(self, routing: Routing, n_live: FloatArray) -> FloatArray:
         """[N, L, E] from the blends; none is below a tenth of the prior."""
-        row, rows = np.log2(n_live).clip(0, len(self.weights) - 1), np.arange(len(self.weights))
-        weights = np.stack([np.interp(row, rows, column) for column in self.weights.T], axis=-1)
-        change = (features_of(routing, self.directions) @ weights[:, None, :, None])[..., 0]
+        weights = self._at(n_live)[:, :5]
+        features = features_of(routing, self.patterns.directions)
+        change = (features @ weights[:, None, :, None])[..., 0]
         found = np.maximum(routing.prior + change, 0.1 * routing.prior)
         return np.asarray(found / found.sum(axis=-1, keepdims=True))
 
+    def energy(self, share: FloatArray, gates: FloatArray, n_live: FloatArray) -> FloatArray:
+        """[N, L, E] expected shares of gate energy for loads ``share``; ``gates``: averaged."""
+        weight = self._at(n_live)[:, 5, None, None]
+        drawn = share * self.patterns.intensity
+        drawn = drawn / drawn.sum(axis=-1, keepdims=True)
+        return np.asarray(weight * gates + (1 - weight) * drawn)
+
+    def _at(self, n_live: FloatArray) -> FloatArray:
+        row, rows = np.log2(n_live).clip(0, len(self.weights) - 1), np.arange(len(self.weights))
+        return np.stack([np.interp(row, rows, column) for column in self.weights.T], axis=-1)
+
 
 def features_of(routing: Routing, directions: FloatArray) -> FloatArray:
-    """[N, L, E, 5] what the weights of `Learned` are for."""
+    """[N, L, E, 5] what the first weights of `Learned` are for."""
     flat = directions.reshape(len(directions), -1)
     beyond = [part - routing.prior for part in (routing.base, routing.fast, routing.prompts)]
     inside = [(b.reshape(len(b), -1) @ flat.T @ flat).reshape(b.shape) for b in beyond]
     return np.stack([*beyond[:2], *inside], axis=-1)
 
 
-def learned_of(weights: FloatArray | None, directions: FloatArray | None) -> Learned | None:
+def learned_of(weights: FloatArray | None, patterns: Patterns | None) -> Learned | None:
     """The forecast of an agent on a recording; ``None`` where either lacks it."""
-    if weights is None or directions is None:
+    if weights is None or patterns is None:
         return None
-    return Learned(directions, weights)
+    return Learned(patterns, weights)
 
 
 class LaneForecaster:

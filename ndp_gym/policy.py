@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,19 @@ class MissingProfileError(ValueError):
     """The policy needs a train profile and the recording has no train split."""
 
 
+class Patterns(NamedTuple):
+    """How routing varies on a split, and what it costs, beyond mean loads.
+
+    Attributes:
+        directions: [R, L, E] orthogonal, in which loads vary together; the longer, the more.
+        intensity: [L, E] share of the layer's gate energy per share of its load, as far as other
+            texts keep it; 1 where gate weights were not recorded.
+    """
+
+    directions: NDArray[np.float64]
+    intensity: NDArray[np.float64]
+
+
 @runtime_checkable
 class Future(Protocol):
     """What an ``Oracle*`` policy may ask about the rest of the run."""
@@ -89,8 +102,8 @@ class PolicyContext:
         menu: the (tier, bitwidth) pairs the system offers.
         rng: the policy's own generator.
         profile: [L, E] tokens per decode token on the train split, ``None`` without one.
-        directions: [R, L, E] in which loads vary on the train split, see `ndp_gym.directions`;
-            computed when called, ``None`` without such a split.
+        patterns: what else the train split says, see `ndp_gym.patterns`; computed when called,
+            ``None`` without such a split.
         future: for oracles only, ``None`` for everyone else.
     """
 
@@ -104,7 +117,7 @@ class PolicyContext:
     menu: tuple[tuple[int, int], ...] = ()
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     profile: NDArray[np.float64] | None = None
-    directions: Callable[[], NDArray[np.float64] | None] = lambda: None
+    patterns: Callable[[], Patterns | None] = lambda: None
     future: Future | None = None
 
 

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from ndp_gym import policy_calls
 from ndp_gym.budget import HbmBudget
 from ndp_gym.condition import Condition
-from ndp_gym.directions import train_directions
 from ndp_gym.lanes import Lanes
 from ndp_gym.outcome import Outcome
+from ndp_gym.patterns import train_patterns
 from ndp_gym.plan import FAR, HBM, Plan
 from ndp_gym.policy import Policy, PolicyContext, needs_future
 from ndp_gym.quality import QualityModel
@@ -350,7 +350,7 @@ def _context(
         menu=tuple((tier, bits) for tier in (HBM, FAR) for bits in widths),
         rng=rng,
         profile=task.profile,
-        directions=partial(train_directions, task.trace),
+        patterns=partial(train_patterns, task.trace),
     )
     return replace(context, future=_LaneFuture(lanes, order)) if needs_future(policy) else context
 

@@ -50,7 +50,7 @@ class LayerAgent:
             profile=context.profile,
             features=self.agent.features,
             base=self.agent.base,
-            learned=learned_of(self.agent.forecast, context.directions()),
+            learned=learned_of(self.agent.forecast, context.patterns()),
         )
         self.layers.reset(0)
 

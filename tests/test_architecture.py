@@ -26,7 +26,7 @@ ROOMS = {
     "env": "schedule condition conditions machines memory lane_loops lanes inputs bounds encoding "
     "decoders episodes env vector wrappers sb3 render env_docs layer_forecast "
     "layer_facts speeds speed_loops layer_features layer_agents agent_file",
-    "evaluate": "statistics provenance contenders results rows directions rollout scenarios "
+    "evaluate": "statistics provenance contenders results rows patterns rollout scenarios "
     "regret explain plan_export plan_targets "
     "evaluation uncertainty charts figure report report_uncertainty tracking "
     "trace_page trace_page_style trace_svg "

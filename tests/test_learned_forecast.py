@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from ndp_gym.agent_file import Agent, load_agent, save_agent
-from ndp_gym.directions import HALF_AT, RANK, directions_of, train_directions
 from ndp_gym.forecast import shares
 from ndp_gym.inputs import find_model, find_system, open_trace
 from ndp_gym.lanes import Lanes
 from ndp_gym.layer_agents import ACTIONS
 from ndp_gym.layer_features import FEATURES
 from ndp_gym.layer_forecast import Learned, Routing, learned_of
+from ndp_gym.patterns import CHUNK, HALF_AT, RANK, patterns_of, train_patterns
+from ndp_gym.policy import Patterns
 from ndp_gym.rollout import train_profile
 from tests.conftest import make_trace
 from train.forecast import LIVE, fit_weights, samples
@@ -31,24 +32,28 @@ def directions(seed: int = 0, rank: int = 4) -> np.ndarray:
     return np.ascontiguousarray(basis.T).reshape(rank, *SHAPE)
 
 
+def patterns() -> Patterns:
+    return Patterns(directions(), np.random.default_rng(5).uniform(0.5, 2, SHAPE))
+
+
 def test_directions_are_orthogonal_shrinking_and_of_the_train_split_alone() -> None:
     trace = open_trace()
-    found = train_directions(trace)
+    found = train_patterns(trace).directions
     flat = found.reshape(RANK, -1)
     squares = (flat**2).sum(axis=1)
     np.testing.assert_allclose(flat @ flat.T, np.diag(squares), atol=1e-9)
     assert (np.diff(squares) < 0).all()
     assert squares[HALF_AT] == pytest.approx(0.5)
     assert squares[0] < 1
-    again = directions_of(trace, trace.split_requests("train"))
+    again = patterns_of(trace, trace.split_requests("train")).directions
     np.testing.assert_array_equal(found, again)
-    other = directions_of(trace, trace.split_requests("test"))
+    other = patterns_of(trace, trace.split_requests("test")).directions
     assert not np.allclose(np.abs(other), np.abs(found))
 
 
 def test_the_first_directions_hold_most_of_what_differs_between_texts() -> None:
     trace, prior = open_trace(), train_profile(open_trace())
-    flat = train_directions(trace).reshape(RANK, -1)
+    flat = train_patterns(trace).directions.reshape(RANK, -1)
     flat = flat / np.sqrt((flat**2).sum(axis=1, keepdims=True))
     rng = np.random.default_rng(0)
     chance = np.linalg.qr(rng.normal(size=(flat.shape[1], RANK)))[0].T
@@ -68,25 +73,25 @@ def test_the_first_directions_hold_most_of_what_differs_between_texts() -> None:
 
 def test_without_a_train_split_there_is_no_learned_forecast() -> None:
     trace = make_trace(n_conversations=4)
-    assert train_directions(trace) is None
-    assert learned_of(np.zeros((5, 5)), None) is None
-    assert learned_of(None, directions()) is None
+    assert train_patterns(trace) is None
+    assert learned_of(np.zeros((5, 6)), None) is None
+    assert learned_of(None, patterns()) is None
 
 
 def test_the_weight_of_slow_memory_alone_gives_the_blend_back() -> None:
-    weights = np.zeros((5, 5))
+    weights = np.zeros((5, 6))
     weights[:, 0] = 1.0
     routing = routing_of(1)
-    found = Learned(directions(), weights).shares(routing, np.array([1.0, 5.0]))
+    found = Learned(patterns(), weights).shares(routing, np.array([1.0, 5.0]))
     blend = np.maximum(routing.base, 0.1 * routing.prior)
     np.testing.assert_allclose(found, blend / blend.sum(axis=-1, keepdims=True))
 
 
 def test_projections_keep_what_lies_in_the_directions() -> None:
     basis, routing = directions(), routing_of(2)
-    weights = np.zeros((5, 5))
+    weights = np.zeros((5, 6))
     weights[2, 2] = 1.0  # the projection of slow memory, at 4 live requests
-    found = Learned(basis, weights).shares(routing, np.array([4.0, 1.0]))
+    found = Learned(patterns(), weights).shares(routing, np.array([4.0, 1.0]))
     change = (routing.base - routing.prior)[0].ravel()
     inside = sum((basis[i].ravel() @ change) * basis[i] for i in range(len(basis)))
     wanted = np.maximum(routing.prior[0] + inside, 0.1 * routing.prior[0])
@@ -96,18 +101,48 @@ def test_projections_keep_what_lies_in_the_directions() -> None:
 
 def test_fitted_weights_foresee_val_better_than_the_blend() -> None:
     trace = open_trace()
-    weights, basis = fit_weights((None,), 16), train_directions(trace)
-    assert weights.shape == (len(LIVE), 5)
+    weights, found = fit_weights((None,), 16), train_patterns(trace)
+    assert weights.shape == (len(LIVE), 6)
     np.testing.assert_array_equal(weights, fit_weights.__wrapped__((None,), 16))
     rng = np.random.default_rng(1)
     lanes = Lanes(trace, find_model(None, trace), find_system(None), batch_size=2, window=16)
-    missed = {"learned": 0.0, "blend": 0.0}
-    for features, change in samples(
-        lanes, basis, trace.split_requests("val"), train_profile(trace), rng
-    ):
-        missed["learned"] += ((features @ weights[1] - change) ** 2).sum()
+    missed = dict.fromkeys(("learned", "blend", "energy", "averaged energy"), 0.0)
+    for sample in samples(lanes, found, trace.split_requests("val"), train_profile(trace), rng):
+        features, change = sample.features, sample.change
+        missed["learned"] += ((features @ weights[1, :5] - change) ** 2).sum()
         missed["blend"] += ((0.88 * features[:, 0] - change) ** 2).sum()
+        drawn = sample.intensity * (features @ weights[1, :5])
+        energy = weights[1, 5] * sample.gates + (1 - weights[1, 5]) * drawn
+        missed["energy"] += ((energy - sample.energy) ** 2).sum()
+        missed["averaged energy"] += ((sample.gates - sample.energy) ** 2).sum()
     assert missed["learned"] < 0.97 * missed["blend"]
+    assert missed["energy"] < 0.9 * missed["averaged energy"]
+
+
+def test_gate_energy_is_what_was_drawn_and_what_experts_draw_per_load() -> None:
+    weights, routing, told = np.zeros((5, 6)), routing_of(3), patterns()
+    weights[:, 5] = 0.25
+    found = Learned(told, weights).energy(routing.base, routing.gates, np.array([1.0, 3.0]))
+    drawn = routing.base * told.intensity
+    drawn = drawn / drawn.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(found, 0.25 * routing.gates + 0.75 * drawn)
+
+
+def test_the_intensity_of_the_bundled_experts_is_their_energy_over_their_load() -> None:
+    trace = open_trace()
+    request = trace.split_requests("train")[:12]
+    total, energy = np.zeros((2, trace.n_layers, trace.n_experts))
+    for r in request:
+        start, end = int(trace.requests.start[r]), int(trace.requests.end[r])
+        n_rows = end - start
+        n_rows -= n_rows % CHUNK if n_rows % CHUNK <= CHUNK // 2 else 0  # a short rest is left out
+        for row in range(start, start + n_rows):
+            for layer in range(trace.n_layers):
+                ids = trace.expert_ids[row, layer]
+                total[layer, ids] += 1
+                energy[layer, ids] += trace.gate_weights[row, layer].astype(float) ** 2
+    wanted = ((shares(energy) + 1e-4) / (shares(total) + 1e-4)) ** 0.7
+    np.testing.assert_allclose(patterns_of(trace, request).intensity, wanted)
 
 
 def test_too_few_requests_to_fit_on_are_no_error(tmp_path: Path) -> None:
@@ -117,9 +152,9 @@ def test_too_few_requests_to_fit_on_are_no_error(tmp_path: Path) -> None:
 
 def test_an_agents_file_keeps_the_forecast(tmp_path: Path) -> None:
     weight, bias = np.zeros((len(ACTIONS), len(FEATURES)), np.float32), np.zeros(4, np.float32)
-    forecast = np.arange(25.0).reshape(5, 5) / 7
+    forecast = np.arange(30.0).reshape(5, 6) / 7
     agent = Agent(features=FEATURES, layers=[(weight, bias)], forecast=forecast, card={})
     save_agent(agent, tmp_path / "a")
     np.testing.assert_array_equal(load_agent(tmp_path / "a").forecast, forecast)
-    with pytest.raises(ValueError, match="forecast must be 5 x 5"):
-        Agent(features=FEATURES, layers=[(weight, bias)], forecast=np.zeros((2, 5)), card={})
+    with pytest.raises(ValueError, match="forecast must be 5 x 6"):
+        Agent(features=FEATURES, layers=[(weight, bias)], forecast=np.zeros((2, 6)), card={})
