@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sections", default=",".join(SECTIONS), metavar="A,B",
                         help="conditions, with :speed or :quality another weight")  # fmt: skip
     parser.add_argument("--episodes", type=int, default=32, metavar="N", help="episodes each")
-    parser.add_argument("--regret-windows", type=int, default=4, metavar="N",
+    parser.add_argument("--regret-windows", type=int, default=2, metavar="N",
                         help="windows of a section that regret is over")  # fmt: skip
     parser.add_argument("--split", choices=("val", "test"), default="test",
                         help="val to try the script; every run on test is noted")  # fmt: skip
