@@ -72,9 +72,9 @@ def _moved_share(ahead_s, far_s, moved_s, n_far):  # type: ignore[no-untyped-def
     Returns:
         the part, and by how many seconds the longer side then exceeds what the GPU had.
     """
-    share = ahead_s / max(moved_s + far_s, 1e-30)
-    if n_far <= 0.0 or moved_s <= 0.0:
-        return share, share * moved_s
+    if n_far < 1e-9:  # what rounding leaves where none is far
+        return 0.0, 0.0
+    share = ahead_s / (moved_s + far_s)
     lost = min(share, 0.5 * moved_s / (moved_s + far_s) / n_far)
     return share - lost * max(1.0 - far_s / moved_s, 0.0), share * moved_s + lost * far_s
 

@@ -24,7 +24,7 @@ SLOW_LAUNCH = replace(
 SYSTEMS = [SYSTEM, SLOW_LAUNCH, presets.system("h100_fetch")]
 
 
-def window_of(seed, system=SYSTEM, model=MODEL, n_tokens=4.0):
+def window_of(seed, system=SYSTEM, model=MODEL, n_tokens=4.0, moves=False):
     """A window, quality that is lost and copies that are present, all random."""
     rng = np.random.default_rng(seed)
     table = cost_table(model, system)
@@ -34,7 +34,7 @@ def window_of(seed, system=SYSTEM, model=MODEL, n_tokens=4.0):
     present = rng.choice([0, 0, *table.bits], routing.load.shape)
     in_place = system.default_service.kind == "in_place"
     far_s = far_seconds(table, in_place, routing)
-    return Window(table, in_place, routing, far_s, lost, present)
+    return Window(table, in_place, routing, far_s, lost, present, moves and in_place)
 
 
 def prices_of(**changes):
@@ -145,13 +145,39 @@ class LayerTwin:
         far_s += routing.n_tokens * (1 - stays) * table.activation_token_s
         far_s = max(far_s, any_far * table.far_floor_s)
         longer = (gpu_s + far_s + sqrt((gpu_s - far_s) ** 2 + 2 / pi * spread)) / 2
+        if self.window.moves:
+            left_s, more_s = self.after_moves(hot, far, longer - gpu_s, far_s)
+            return table.overlap * (gpu_s + more_s) + (1 - table.overlap) * (
+                gpu_s + more_s + left_s
+            )
         return table.overlap * longer + (1 - table.overlap) * (gpu_s + far_s)
 
+    def after_moves(self, hot, far, ahead_s, far_s):
+        """Seconds that stay with the far device, and those by which the GPU side gets longer."""
+        table = self.table
+        n_far = sum(self.active[e] for e in far)
+        moved_s = sum(self.active[e] * table.copy_s[b] + self.gpu_s(e, b) for e, b in far.items())
+        if not far:
+            return far_s, 0.0
+        each_far_s, each_moved_s = far_s / n_far, moved_s / n_far
+        k = ahead_s / (each_far_s + each_moved_s)  # experts that would leave both sides even
+        half = each_moved_s / (each_far_s + each_moved_s) / 2
+        lost = min(k, half)  # of rounding to whole experts
+        moved = k - lost * max(1 - each_far_s / each_moved_s, 0)
+        launches_s = 0.0
+        for e, b in far.items():
+            idle = exp(-sum(self.active[h] for h, width in hot.items() if width == b))
+            launches_s += self.active[e] / n_far * idle * table.gpu_launch_s[b]
+        more_s = k * each_moved_s + lost * each_far_s + min(moved, 1) * launches_s
+        return far_s - moved * each_far_s, more_s
 
+
+@pytest.mark.parametrize("moves", [False, True])
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize(("seed", "n_tokens"), [(0, 4.0), (1, 2.6), (2, 1.0)])
-def test_every_filling_costs_what_its_experts_cost_one_by_one(system, seed, n_tokens):
-    window, prices = window_of(seed, system, n_tokens=n_tokens), prices_of(byte=10.0 ** (-9 - seed))
+def test_every_filling_costs_what_its_experts_cost_one_by_one(system, seed, n_tokens, moves):
+    window = window_of(seed, system, n_tokens=n_tokens, moves=moves)
+    prices = prices_of(byte=10.0 ** (-9 - seed))
     found = fillings(window, prices)
     for layer in range(MODEL.n_layers):
         twin = LayerTwin(window, prices, layer)
@@ -192,10 +218,11 @@ def test_many_experts_are_ranked_by_gain_less_the_price_of_bytes_and_ties_by_num
     assert np.array_equal(items.ranking, np.argsort(key, axis=-1, kind="stable"))
 
 
+@pytest.mark.parametrize("moves", [False, True])
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("seed", range(3))
-def test_far_widths_are_those_of_the_share_under_which_the_layer_is_best(system, seed):
-    window, prices = window_of(seed, system), prices_of(second=500.0)
+def test_far_widths_are_those_of_the_share_under_which_the_layer_is_best(system, seed, moves):
+    window, prices = window_of(seed, system, moves=moves), prices_of(second=500.0)
     found = fillings(window, prices)
     n_rankings, n_counts = found.objective.shape[1:]
     rng = np.random.default_rng(seed)
