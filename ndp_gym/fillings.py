@@ -52,7 +52,7 @@ class Window(NamedTuple):
 
     Attributes:
         table: nominal costs.
-        in_place: the far device computes; else every miss is fetched.
+        far_computes: the far device computes; else every miss is fetched.
         expected: routing.
         far_s: [L, NB, E] from `far_seconds`.
         lost: [L, NB, E] objective lost by serving the expert at that width, wherever it is.
@@ -61,7 +61,7 @@ class Window(NamedTuple):
     """
 
     table: CostTable
-    in_place: bool
+    far_computes: bool
     expected: Forecast
     far_s: FloatArray
     lost: FloatArray
@@ -165,7 +165,7 @@ def _packed(window: Window, prices: Prices) -> Packed:
             table.far_floor_s,
             table.link_latency_s,
             table.activation_token_s,
-            table.overlap if window.in_place else -1.0,
+            table.overlap if window.far_computes else -1.0,
             expected.n_tokens,
             expected.top_k,
             window.moves,
@@ -186,14 +186,14 @@ def _widths(table: CostTable) -> FloatArray:
     return np.array([table.weight_bytes, table.gpu_weight_s, table.gpu_launch_s, table.copy_s])
 
 
-def far_seconds(table: CostTable, in_place: bool, expected: Forecast) -> FloatArray:
+def far_seconds(table: CostTable, far_computes: bool, expected: Forecast) -> FloatArray:
     """[L, NB, E] expected seconds per step that an expert costs outside HBM.
 
     Where the far device computes, for at least ``far_min_tokens``; else to fetch and read it.
     """
     n_layers, n_experts = expected.load.shape
     seconds = np.empty((n_layers, len(table.bits), n_experts))
-    fetch_s = np.full(len(table.bits), -1.0) if in_place else table.copy_s + table.gpu_weight_s
+    fetch_s = np.full(len(table.bits), -1.0) if far_computes else table.copy_s + table.gpu_weight_s
     _compiled()[0].far_seconds(
         np.ascontiguousarray(expected.load), np.ascontiguousarray(expected.active),
         table.far_weight_s, table.far_token_s, float(table.far_min_tokens), fetch_s, seconds,

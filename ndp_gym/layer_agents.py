@@ -269,7 +269,7 @@ class LayerAgents:
         )
         tokens = np.maximum(load / np.maximum(active, 1e-12), table.far_min_tokens)
         one_s = np.maximum(weight_s, tokens * token_s)
-        if not facts.shared.in_place:
+        if not facts.shared.far_computes:
             one_s = np.broadcast_to(copy_s + read_s, load.shape)
         far_s = (active * one_s).sum(axis=-1)
         gpu_s = active.sum(axis=-1) * read_s[..., 0]

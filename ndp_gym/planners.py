@@ -104,7 +104,7 @@ class Facts(NamedTuple):
         loss: [L, NB, E] reward lost if all gate energy of a layer is served by that copy.
         guard: [L, NB, E] reward lost by serving the expert so, whatever its energy.
         requantise_s: [NB] seconds to make a copy; 0 where replicas are stored.
-        in_place: the far device computes.
+        far_computes: the far device computes.
         service: of plans that move nothing; ``None`` is the system's default.
         window: decode steps between two plans.
     """
@@ -113,7 +113,7 @@ class Facts(NamedTuple):
     loss: FloatArray
     guard: FloatArray
     requantise_s: FloatArray
-    in_place: bool
+    far_computes: bool
     service: Service | None
     window: int
 
@@ -165,7 +165,7 @@ def facts_of(
         loss=np.ascontiguousarray(loss),
         guard=np.ascontiguousarray(guard),
         requantise_s=np.array(remake),
-        in_place=kind != "fetch",
+        far_computes=kind != "fetch",
         service=Service(kind="in_place") if kind == "balance" else None,
         window=window,
     )
@@ -201,7 +201,7 @@ def balance(
         The plan, and the guesses for the next one.
     """
     still = _Task(facts, copies, budget_bytes, knobs, bool(copies.planned.any()))
-    tasks = [still, still._replace(moves=True)] if knobs.moves and facts.in_place else [still]
+    tasks = [still, still._replace(moves=True)] if knobs.moves and facts.far_computes else [still]
     answers = [_best(task, expected, guesses[i : i + 1]) for i, task in enumerate(tasks)]
     moves = int(np.argmin([answer.objective for answer in answers]))
     task, best = tasks[moves], _refined(tasks[moves], expected, answers[moves])
@@ -358,8 +358,10 @@ def _window(task: _Task, expected: Forecast, second: float) -> Window:
     facts, copies = task.facts, task.copies
     remake = second * facts.requantise_s / facts.window * task.has_plan
     lost = lost_at(facts.table, expected, facts.loss, facts.guard, remake, copies.planned)
-    far_s = far_seconds(facts.table, facts.in_place, expected)
-    return Window(facts.table, facts.in_place, expected, far_s, lost, copies.present, task.moves)
+    far_s = far_seconds(facts.table, facts.far_computes, expected)
+    return Window(
+        facts.table, facts.far_computes, expected, far_s, lost, copies.present, task.moves
+    )
 
 
 def _outside_s(table: CostTable, expected: Forecast) -> float:
@@ -378,7 +380,7 @@ def _first_guesses(facts: Facts, expected: Forecast, budget_bytes: float) -> tup
     table = facts.table
     middle = len(table.bits) // 2
     outside_s, sides = _outside_s(table, expected), np.ones(len(expected.load))
-    far_s = float(far_seconds(table, facts.in_place, expected)[:, middle].copy().sum())
+    far_s = float(far_seconds(table, facts.far_computes, expected)[:, middle].copy().sum())
     gpu_s = float(expected.active.sum() * table.gpu_weight_s[middle])
     gpu_s += len(sides) * float(table.gpu_launch_s[middle])
     room = max(budget_bytes, 1.0)

@@ -16,7 +16,7 @@ _INNER: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_w
 
 
 @njit(cache=True, nogil=True)
-def nominal_seconds(load, copies, costs, top_k, least_tokens, in_place, fetched_s, seconds):  # type: ignore[no-untyped-def]
+def nominal_seconds(load, copies, costs, top_k, least_tokens, far_computes, fetched_s, seconds):  # type: ignore[no-untyped-def]
     """Add to ``seconds`` [N, 5] what each lane's routed experts take per decode step.
 
     Args:
@@ -27,7 +27,7 @@ def nominal_seconds(load, copies, costs, top_k, least_tokens, in_place, fetched_
             token, then [N] GPU seconds per token, link latency, seconds per activation.
         top_k: experts per token.
         least_tokens: the far device computes as for so many.
-        in_place: the far device computes what is not copied.
+        far_computes: the far device computes what is not copied.
         fetched_s: [N] the link's nominal seconds of copies on demand.
         seconds: added to, columns as above.
     """
@@ -44,15 +44,15 @@ def nominal_seconds(load, copies, costs, top_k, least_tokens, in_place, fetched_
                 active[layer, e] = 1 - (1 - chance[layer, e]) ** n_tokens
         for hbm_bits, far_bits in copies:
             given = load[n], chance, active, hbm_bits[n], far_bits[n]
-            rest = n_tokens, top_k, least_tokens, in_place, fetched_s[n]
+            rest = n_tokens, top_k, least_tokens, far_computes, fetched_s[n]
             _add(seconds[n], n, given, costs, *rest)
 
 
 @njit(**_INNER)
-def _add(seconds, n, given, costs, n_tokens, top_k, least_tokens, in_place, fetched_s):  # type: ignore[no-untyped-def]
+def _add(seconds, n, given, costs, n_tokens, top_k, least_tokens, far_computes, fetched_s):  # type: ignore[no-untyped-def]
     """Add to ``seconds`` [5] of lane ``n``, of which all ``given`` are [L, E]."""
     moved = 0.0
-    if in_place and fetched_s > 0:
+    if far_computes and fetched_s > 0:
         moved = min(fetched_s / max(_copies_s(n, given, costs), 1e-30), 1.0)
     seconds[LINK] += fetched_s
     load, chance, active, hbm_bits, far_bits = given
@@ -68,13 +68,13 @@ def _add(seconds, n, given, costs, n_tokens, top_k, least_tokens, in_place, fetc
                 if index_of[bits] != b:
                     continue
                 used, expected = active[layer, e], n_tokens * chance[layer, e]
-                if is_hot or not in_place:
+                if is_hot or not far_computes:
                     weights += used * gpu_w[n, b]
                     tokens += expected
                     idle *= 1 - used
                 if is_hot:
                     hot_load += load[layer, e]
-                elif in_place:
+                elif far_computes:
                     each = max(expected / max(used, 1e-12), least_tokens)
                     far += used * max(far_w[n, b], each * far_token[n, b])
                     outside += used
@@ -85,7 +85,7 @@ def _add(seconds, n, given, costs, n_tokens, top_k, least_tokens, in_place, fetc
         seconds[GPU] += max(weights, tokens * gpu_token[n])
         seconds[LAUNCH] += min(moved, 1 / max(n_far, 1e-12)) * launched
         seconds[FAR] += (1 - moved) * far
-        if in_place:
+        if far_computes:
             stays = min(hot_load / total, 1.0) ** top_k
             seconds[LINK] += n_tokens * (1 - stays) * activation[n]
             seconds[LATENCY] += 2 * latency[n] * (1 - math.pow(stays, n_tokens))

@@ -83,7 +83,7 @@ class LaneSpeeds:
         nominal = np.zeros((len(load), 5))
         self._loops.nominal_seconds(
             load, (self._before, _where(observations)), costs_of(facts), float(self._top_k),
-            float(facts.shared.table.far_min_tokens), facts.shared.in_place, fetched_s, nominal,
+            float(facts.shared.table.far_min_tokens), facts.shared.far_computes, fetched_s, nominal,
         )  # fmt: skip
         nominal *= 0.5  # half-way between the window's start and end
         measured = observations["layer"].astype(np.float64).sum(axis=1)[:, :3]

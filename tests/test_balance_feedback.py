@@ -91,7 +91,7 @@ def test_a_gain_outside_0_to_1_is_refused(gain: float) -> None:
 
 
 def seconds_of(
-    load: np.ndarray, hbm: np.ndarray, far: np.ndarray, in_place: bool, fetched_s: float = 0.0
+    load: np.ndarray, hbm: np.ndarray, far: np.ndarray, far_computes: bool, fetched_s: float = 0.0
 ) -> np.ndarray:
     """What the compiled loop says of one lane: GPU, far, link, launches, latency."""
     facts = facts_of(MODEL, SYSTEM, QualityModel(), 4.0, 16)
@@ -99,7 +99,7 @@ def seconds_of(
     copies = hbm[None], far[None]
     speed_loops.nominal_seconds(
         load[None], (copies, copies), costs_of(LaneFacts(facts, 1)), float(MODEL.top_k),
-        float(facts.table.far_min_tokens), in_place, np.array([fetched_s]), found,
+        float(facts.table.far_min_tokens), far_computes, np.array([fetched_s]), found,
     )  # fmt: skip
     return found[0] / 2
 

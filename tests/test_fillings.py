@@ -32,9 +32,9 @@ def window_of(seed, system=SYSTEM, model=MODEL, n_tokens=4.0, moves=False):
     lost = np.sort(rng.exponential(1e-4, (*routing.load.shape, len(table.bits))), axis=-1)
     lost = np.ascontiguousarray(lost.swapaxes(1, 2))
     present = rng.choice([0, 0, *table.bits], routing.load.shape)
-    in_place = system.default_service.kind == "in_place"
-    far_s = far_seconds(table, in_place, routing)
-    return Window(table, in_place, routing, far_s, lost, present, moves and in_place)
+    far_computes = system.default_service.kind == "in_place"
+    far_s = far_seconds(table, far_computes, routing)
+    return Window(table, far_computes, routing, far_s, lost, present, moves and far_computes)
 
 
 def prices_of(**changes):
@@ -80,7 +80,7 @@ class LayerTwin:
         self.load, self.active = window.expected.load[layer], window.expected.active[layer]
         self.lost, self.present = window.lost[layer].T, window.present[layer]
         self.far_s = prices.far_factor * window.far_s[layer].T
-        self.overlap = window.table.overlap if window.in_place else 0.0
+        self.overlap = window.table.overlap if window.far_computes else 0.0
         self.experts, self.widths = range(len(self.load)), range(len(self.table.bits))
 
     def gpu_s(self, e, b):
@@ -134,7 +134,7 @@ class LayerTwin:
         """``hot`` and ``far`` are {expert: width}."""
         table, routing = self.table, self.window.expected
         gpu_s, far_s = self.gpu_side_s(hot), sum(self.far_s[e, b] for e, b in far.items())
-        if not self.window.in_place:
+        if not self.window.far_computes:
             return gpu_s + far_s
         spread = sum(self.variance(e, self.gpu_s(e, b)) for e, b in hot.items())
         spread += sum(self.variance(e, self.far_s[e, b]) for e, b in far.items())
@@ -233,7 +233,7 @@ def test_far_widths_are_those_of_the_share_under_which_the_layer_is_best(system,
         c, count = divmod(int(chosen[layer]), n_counts)
         hot = {e: twin.hbm_width(e, c) for e in found.items.ranking[c, layer, :count].tolist()}
         twin.overlap = 1.0  # shares are of the whole time here
-        tried = FAR_SHARES if window.in_place else FAR_SHARES[:1]
+        tried = FAR_SHARES if window.far_computes else FAR_SHARES[:1]
         bought = [[twin.far_width(e, s) for e in twin.experts] for s in tried]
         values = []
         for width in bought:
