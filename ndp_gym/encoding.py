@@ -46,7 +46,9 @@ class Decoded(NamedTuple):
 
 
 class Encoding(Protocol):
-    """Turns actions into plans."""
+    """Turns actions into plans; ``sets_service``: also into how misses are served."""
+
+    sets_service: bool
 
     @property
     def space(self) -> spaces.Space[Any]:
@@ -72,6 +74,8 @@ class Scores:
     get the wider), ``keep`` adds 0..1 to the priority of experts that the last plan had in HBM.
     Numbers outside [-1, 1] are clipped.
     """
+
+    sets_service = False
 
     def __init__(self, lanes: Lanes) -> None:
         """Sized for the lanes' model."""
@@ -107,6 +111,8 @@ class Menu:
     A plan over budget is repaired, and counted, by the simulator; recent load ranks the experts.
     """
 
+    sets_service = False
+
     def __init__(self, lanes: Lanes) -> None:
         """Sized for the lanes' model and system."""
         widths = lanes.system.stored_bits
@@ -139,6 +145,8 @@ class KnobSettings:
     Each multiplies one constant by ``KNOBS[name] ** a``; the last lengthens (a > 0) or shortens
     the planner's memory of past windows. Numbers outside [-1, 1] are clipped.
     """
+
+    sets_service = True
 
     def __init__(self, lanes: Lanes) -> None:
         """The planner for the nominal system of each lane."""

@@ -121,8 +121,9 @@ class Episodes:
             max_windows = int((-(-opened.requests.n_decode // window)).sum())
         self.max_windows = max_windows
         self.encoding = encoding_of(action, self.lanes)
-        moves = action == "knobs"  # the only ones that set a service
-        self.observation_space = observation_space(self.lanes, max_windows, moves=moves)
+        self.observation_space = observation_space(
+            self.lanes, max_windows, moves=self.encoding.sets_service
+        )
         self._requests = opened.split_requests(split)
 
     def reset(
