@@ -130,7 +130,7 @@ class LayerVecEnv(_Agents):
         quality_weight: str | float = "balanced",
         quality: QualityLike = None,
         conditions: str | Conditions | None = None,
-        own: float = 1.0,
+        own: float = 0.0,
         base: Mapping[str, float] | None = None,
         forecast: NDArray[np.float64] | None = None,
     ) -> None:
@@ -177,9 +177,11 @@ class LayerVecEnv(_Agents):
         decided = self.agents.decide(np.concatenate([actions, np.zeros_like(actions)]))
         outcome = lanes.advance(*decided)
         weight = lanes.quality_weights
-        own = layer_rewards(outcome, lanes.model, lanes.simulator.quality, weight)
         whole = reward(reward_terms(outcome), weight)
-        gained = self._own * own + (1 - self._own) * whole[:, None]
+        gained = np.repeat(whole[:, None], self._n_layers, axis=1)
+        if self._own > 0:
+            own = layer_rewards(outcome, lanes.model, lanes.simulator.quality, weight)
+            gained = self._own * own + (1 - self._own) * gained
         rewards = REWARD_SCALE * (gained[:n] - gained[n:])
         self._returns += whole[:n]
         self._n_windows += 1

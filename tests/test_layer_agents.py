@@ -316,7 +316,7 @@ def test_copies_under_drawn_conditions_equal_single_ones() -> None:
 
 
 def test_own_rewards_differ_between_layers() -> None:
-    env = vec_env()
+    env = vec_env(own=1.0)
     env.seed(0)
     env.reset()
     _, rewards, _, _ = env.step(np.ones((N * L, 4)))
