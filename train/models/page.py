@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ndp_gym.provenance import package_versions
 from train.models.agents import BASE, Sizes
 from train.models.evaluate import (
     EPISODE_SEED,
@@ -16,7 +15,7 @@ from train.models.evaluate import (
     Line,
 )
 from train.results.fronts import Gain
-from train.results.opened import Opening, table
+from train.results.opened import Opening, provenance
 from train.results.words import gain_of
 
 WITHIN = 0.01  # reward, about 1 % of throughput: as near as the all-models agent has to be
@@ -154,14 +153,9 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _provenance(noted: list[Opening], commit: str | None) -> Iterator[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
-    yield "## Provenance"
-    yield ""
-    yield f"Commit `{commit or 'unknown'}`; {versions}."
-    yield f"Episodes are drawn with seed {EPISODE_SEED}. Third-party recordings, what is drawn from"
-    yield "them and the agents of this page are not part of the repository."
-    yield ""
-    if noted:
-        yield f"Test of real recordings was opened {len(noted)} times (`train/models/opened.json`):"
-        yield ""
-        yield from table(noted)
+    sentences = (
+        f"Episodes are drawn with seed {EPISODE_SEED}. Third-party recordings, what is drawn from",
+        "them and the agents of this page are not part of the repository.",
+    )
+    opened = "Test of real recordings was opened {} times (`train/models/opened.json`)"
+    yield from provenance(commit, "", sentences, opened, noted)

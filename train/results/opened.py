@@ -1,12 +1,17 @@
-"""How often a test split was opened: a list beside the script, to which every run adds itself."""
+"""How often a test split was opened: a list beside the script, to which every run adds itself.
+
+And the last section of a page, which says so.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypedDict
 
+from ndp_gym.provenance import package_versions
 from ndp_gym.report import write_whole
 
 
@@ -41,3 +46,19 @@ def table(noted: list[Opening]) -> list[str]:
         for number, opening in enumerate(noted, 1)
     ]
     return ["| opening | why | commit |", "|---|---|---|", *rows]
+
+
+def provenance(
+    commit: str | None, facts: str, sentences: Sequence[str], what: str, noted: list[Opening]
+) -> Iterator[str]:
+    """The section: versions, further ``facts``, ``sentences``, and when ``what`` was opened."""
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    yield "## Provenance"
+    yield ""
+    yield f"Commit `{commit or 'unknown'}`; {versions}.{facts}"
+    yield from sentences
+    if noted:
+        yield ""
+        yield f"{what.format(len(noted))}:"
+        yield ""
+        yield from table(noted)

@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ndp_gym.provenance import package_versions
 from train.results.conditions import AGENTS, EPISODE_SEED, Measured, Row
 from train.results.fronts import BUDGETS, PRICES, gain_over_range, gains_at_budgets
-from train.results.opened import Opening
-from train.results.opened import table as opened_table
+from train.results.opened import Opening, provenance
 from train.results.resampling import interval
 from train.results.words import cautions, gain_of, percent_of, summary
 
@@ -141,13 +139,10 @@ def _cells(row: Row, best: str) -> list[str]:
 
 
 def _provenance(first: Measured, noted: list[Opening], commit: str | None) -> Iterator[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
-    yield "## Provenance"
-    yield ""
-    yield f"Commit `{commit or 'unknown'}`; {versions}. Recording sha256 `{first.trace_sha256}`."
-    yield f"Episodes are drawn with seed {EPISODE_SEED}. Commits and recordings that the agents and"
-    yield "the tunings come from stand in their cards."
-    yield ""
-    yield f"Test was opened {len(noted)} times (`train/results/opened.json`):"
-    yield ""
-    yield from opened_table(noted)
+    sentences = (
+        f"Episodes are drawn with seed {EPISODE_SEED}. Commits and recordings that the agents and",
+        "the tunings come from stand in their cards.",
+    )
+    facts = f" Recording sha256 `{first.trace_sha256}`."
+    opened = "Test was opened {} times (`train/results/opened.json`)"
+    yield from provenance(commit, facts, sentences, opened, noted)
