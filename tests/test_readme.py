@@ -27,3 +27,14 @@ def test_the_results_table_is_what_the_demo_computes() -> None:
         assert row["tokens_per_s_ci95"] == pytest.approx((low, high), rel=0.01), name
         assert row["speedup_vs_all_far4"] == pytest.approx(speedup, abs=0.011), name
         assert row["delta_nll_nats"] == pytest.approx(delta_nll, abs=0.0011), name
+
+
+def test_the_lead_of_agents_is_that_of_the_results_page() -> None:
+    page = (README.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    line = r"^- `{}`: layer agents .* throughput at equal ΔNLL \+([\d.]+)%"
+    leads = [
+        float(re.search(line.format(name), page, re.M)[1]) for name in ("rand", "hidden", "drift")
+    ]
+    assert f"by {min(leads)} to {max(leads)} % of throughput at equal ΔNLL" in README.read_text(
+        encoding="utf-8"
+    )
