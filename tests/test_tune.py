@@ -57,10 +57,22 @@ def test_equal_seeds_tune_equally_within_the_budget_and_the_file_is_a_policy(
     assert one == other
     assert [t["seed"] for t in one["tunings"]] == [0, 1]
     assert all(0 < t["n_windows"] <= 32 for t in one["tunings"])
-    assert one["scores"]["reward"] == max(t["reward"] for t in one["tunings"])
+    scores, on_val = one["scores"], [t["reward"] for t in one["tunings"]]
+    assert scores["reward"] == max(on_val)
+    assert scores["spread_of_tunings"] == pytest.approx(max(on_val) - min(on_val))
+    assert scores["gain"] == pytest.approx(scores["reward"] - scores["reward_untuned"])
     policy: Any = tuned(str(tmp_path / "a" / "ema_fix"))
     assert {"bits": policy.bits, "far_bits": policy.far_bits} == one["constants"]
     assert vars(resolve(one["spec"])()) == vars(policy)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("n_tunings", 0), ("n_windows", -1), ("population", 1), ("jobs", 0)]
+)
+def test_numbers_out_of_range_are_refused(tmp_path: Path, name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+        tune(Args(out=str(tmp_path), **{**TINY, name: value}))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_search_finds_an_optimum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ def mean_of(rewards: Sequence[NDArray[np.float64]]) -> float:
 def scores_of(
     rewards: Sequence[NDArray[np.float64]], alone: Sequence[NDArray[np.float64]]
 ) -> dict[str, Any]:
-    """What a card says about an agent on val, beside the planner alone; one array per task."""
+    """What a card says about a policy on val, beside the one it started from; an array per task."""
     if len(rewards) == 1:
         gain, over = rewards[0] - alone[0], "windows"
     else:

@@ -3,8 +3,8 @@
 The cross-entropy method draws constants from a normal distribution (over their logarithm, where the
 range says so), scores them on episodes of the train split, and moves the distribution to the best.
 Several tunings start from the same point with seeds of their own; the best of them on val is kept,
-beside all others and the untuned policy. The budget is in windows and equals that of an agent of
-``train.ppo``. The test split is never opened here.
+beside all others and the untuned policy. The budget of each is in windows, by default that of an
+agent of ``train.ppo``. The test split is never opened here.
 
     ndp-gym evaluate --split val --policies tuned:path=runs/tune/balance,balance
 """
@@ -25,11 +25,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ndp_gym.inputs import check_integer
 from ndp_gym.policy import resolve
 from ndp_gym.provenance import git_commit, package_versions
 from ndp_gym.rollout import Task
 from train.options import parse
-from train.setting import Setting, episodes_of, val_tasks, window_rewards
+from train.setting import Setting, episodes_of, mean_of, scores_of, val_tasks, window_rewards
 
 FloatArray = NDArray[np.float64]
 
@@ -97,11 +98,11 @@ class Args(Setting):
         "balance", "balance_feedback", "context_aware", "ema", "prefill_topk", "static_popularity"
     ] = "balance"
     """what is tuned"""
-    n_windows: int = 60_000
+    n_windows: int = 16_000
     """decode windows that each tuning may replay"""
-    n_tunings: int = 3
+    n_tunings: int = 5
     """tunings, with seeds from --seed on"""
-    population: int = 20
+    population: int = 16
     """constants tried per generation"""
     train_windows: int = 192
     """windows per recording on which each of them is scored"""
@@ -123,7 +124,15 @@ class Tuning:
 
 
 def tune(args: Args) -> Path:
-    """Tune and return the path of the file."""
+    """Tune and return the path of the file.
+
+    Raises:
+        ValueError: a number is out of range, or recording, machine and conditions do not agree.
+        OSError: a file cannot be read or written.
+    """
+    for name in ("n_windows", "n_tunings", "train_windows", "episode_windows", "jobs"):
+        check_integer(name, getattr(args, name), least=1)
+    check_integer("population", args.population, least=2)
     ranges = RANGES[args.policy]
     held_out, tunings = val_tasks(args), []
     default = Scored.of(args.policy, held_out)
@@ -159,20 +168,20 @@ def searches(args: Args) -> Iterator[Tuning]:
 
 
 class Scored(NamedTuple):
-    """A policy by name and options, and its rewards on val, episode after episode."""
+    """A policy by name and options, and its rewards on val: [W] per episode."""
 
     spec: str
-    rewards: FloatArray
+    rewards: list[FloatArray]
 
     @classmethod
     def of(cls, spec: str, tasks: Sequence[Task]) -> Scored:
         """Run it."""
-        return cls(spec, np.concatenate(rewards_of(spec, tasks)))
+        return cls(spec, rewards_of(spec, tasks))
 
     @property
     def reward(self) -> float:
-        """Mean over windows."""
-        return float(self.rewards.mean())
+        """Mean over episodes of the mean over windows."""
+        return mean_of(self.rewards)
 
 
 def search(args: Args, seed: int) -> Tuning:
@@ -201,7 +210,7 @@ def _spend(tuning: Tuning, args: Args, ranges: dict[str, Range]) -> None:
         scores = np.empty(len(places))
         for i, place in enumerate(places):
             rewards = rewards_of(spec_of(args.policy, ranges, place), episodes)
-            scores[i] = np.concatenate(rewards).mean()
+            scores[i] = mean_of(rewards)
             tuning.n_windows += sum(map(len, rewards))
         best = places[np.argsort(-scores)[: max(2, round(_ELITE * len(places)))]]
         tuning.mean = tuning.mean + _MOVE * (best.mean(axis=0) - tuning.mean)
@@ -240,18 +249,15 @@ def _write(
     """The best tuning on val, and all of them; the file appears whole or not at all."""
     ranges = RANGES[args.policy]
     best_tuning, best = max(tunings, key=lambda pair: pair[1].reward)
-    gain = best.rewards - default.rewards
-    scores = [scored.reward for _, scored in tunings]
+    scores = scores_of(best.rewards, default.rewards)
+    scores["reward_untuned"] = scores.pop("reward_alone")
+    found = [scored.reward for _, scored in tunings]
     content = {
         "spec": best.spec,
         "constants": _constants(ranges, best_tuning.mean),
         "scores": {
-            "split": "val",
-            "reward": best.reward,
-            "reward_untuned": default.reward,
-            "gain": float(gain.mean()),
-            "gain_standard_error_over_windows": float(gain.std(ddof=1) / len(gain) ** 0.5),
-            "spread_of_tunings": float(np.ptp(scores)),
+            **scores,
+            "spread_of_tunings": float(np.ptp(found)),
             "note": "the best tuning was chosen on val, so its score is optimistic",
         },
         "tunings": [

@@ -31,6 +31,7 @@ from train.results.fronts import (
 from train.results.measure import Run, said, shares_of
 from train.results.regret import Regret, Sample, kinds_of, regret_of, sampled
 from train.results.resampling import FloatArray, Resampling
+from train.setting import mean_of
 
 SECTIONS = ("fix", "fix:quality", "rand", "hidden", "drift")
 """Conditions, each with the name of another quality weight than the tunings' where it has one."""
@@ -153,8 +154,7 @@ def _on_val(known: dict[str, Heuristic], conditions: str, weight: str) -> dict[s
     """Reward on val at another quality weight than the one that was tuned for."""
     tasks = _tasks(conditions, weight, "val", VAL_EPISODES, 0)
     return {
-        name: float(np.concatenate(said(f"{name}, val", each.at(), tasks).reward).mean())
-        for name, each in known.items()
+        name: mean_of(said(f"{name}, val", each.at(), tasks).reward) for name, each in known.items()
     }
 
 
