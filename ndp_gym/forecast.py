@@ -12,8 +12,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ndp_gym.policy import Observation, context_entry
+from ndp_gym.rules import check_numbers
 
 FloatArray = NDArray[np.float64]
+
+BLEND_RULES = {
+    "prefill_tokens": "finite and >= 0",
+    "decay": "in 0..1",
+    "floor": "in 0..1",
+    "gates": "in 0..1",
+    "intensity": "finite and >= 0",
+}
+"""What the constants of `Blend` may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +38,9 @@ class Blend:
         gates: weight of the averaged gate energy in the expected one; the rest is the load's.
         intensity: exponent of an expert's energy per load, by which its load counts there; 0 takes
             all experts for alike.
+
+    Raises:
+        ValueError: a constant is not in its range (`BLEND_RULES`).
     """
 
     prefill_tokens: float = 64.0
@@ -35,6 +48,10 @@ class Blend:
     floor: float = 0.12
     gates: float = 0.5
     intensity: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every constant."""
+        check_numbers(self, BLEND_RULES)
 
     def energy(self, share: FloatArray, gates: FloatArray, load: FloatArray) -> FloatArray:
         """Expected shares of gate energy, [..., L, E].

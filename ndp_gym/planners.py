@@ -28,7 +28,8 @@ from ndp_gym.cost import CostTable, cost_table, expert_bytes, requantise_s
 from ndp_gym.fillings import Fillings, Prices, Window, far_seconds, fillings, lost_at
 from ndp_gym.forecast import Blend, Forecast
 from ndp_gym.plan import FAR, HBM, Placement, Plan, nearest_width
-from ndp_gym.quality import QualityModel, layer_weights, rel_mse_table
+from ndp_gym.quality import SUPER_EXPERT_NATS, QualityModel, layer_weights, rel_mse_table
+from ndp_gym.rules import check_numbers
 from ndp_gym.specs import MoESpec, Service, SystemSpec
 
 FloatArray = NDArray[np.float64]
@@ -37,8 +38,13 @@ MOVING = Service(kind="balance")
 N_MORE, ENOUGH = 4, 3e-3
 """Rounds of the search after the first, and the nats that one must gain for another to follow."""
 
-SUPER_EXPERT_NATS = 0.8
-"""Loss where the super experts are served at <= 2 bits (``quantization.md`` section 0, guard)."""
+
+KNOB_RULES = {
+    **dict.fromkeys(("gpu_factor", "far_factor", "price"), "finite and > 0"),
+    **dict.fromkeys(("hysteresis", "migration_cap", "min_gain"), "finite and >= 0"),
+    "moves": "0 or 1",
+}
+"""What the constants of `Knobs` may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,9 @@ class Knobs:
         min_gain: least predicted gain (nats of log time) for which a placement is changed at all.
         moves: 1: in windows for which it is predicted to be better, the busiest experts of a step
             are copied to the GPU (service ``balance``); 0: never.
+
+    Raises:
+        ValueError: a constant is not in its range (`KNOB_RULES`).
     """
 
     gpu_factor: float = 1.0
@@ -64,12 +73,16 @@ class Knobs:
     min_gain: float = 0.002
     moves: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Check every constant."""
+        check_numbers(self, KNOB_RULES)
+
 
 def constants_of(constants: Mapping[str, float]) -> tuple[Knobs, Blend]:
     """Planner and forecast with ``constants`` by name; the others keep their defaults.
 
     Raises:
-        ValueError: a constant does not exist.
+        ValueError: a constant does not exist or is not in its range.
     """
     known = {f.name: kind for kind in (Knobs, Blend) for f in fields(kind)}
     unknown = sorted(constants.keys() - known.keys())

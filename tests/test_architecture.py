@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import from its own room and from the rooms above it in this list.
 ROOMS = {
-    "units": "units",
+    "units": "units rules",
     "specs": "specs",
     "presets": "presets",
     "trace": "trace trace_content trace_counts trace_file trace_loops trace_metadata trace_predict "
