@@ -6,6 +6,7 @@ checked, and its network runs in numpy.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 
 from ndp_gym.layer_agents import ACTIONS, base_constants
 from ndp_gym.layer_features import FEATURES
+from ndp_gym.rules import check_number
 
 __all__ = ["Agent", "load_agent", "save_agent"]
 
-KIND, VERSION = "ndp-gym layer agents", 3
+KIND, VERSION = "ndp-gym layer agents", 4
 FloatArray = NDArray[np.float32]
 
 
@@ -30,7 +32,7 @@ class Agent:
     """A network from scaled features to actions.
 
     Attributes:
-        features: (offset, scale) of its inputs, by name and in order.
+        features: (offset, scale) of its inputs, by name and in order; finite, and no scale is 0.
         layers: weight [n_out, n_in] and bias [n_out] of every layer; tanh between them.
         base: constants of the planner whose decisions it bends, by name.
         forecast: weights [5, 6] of its forecast (`ndp_gym.layer_forecast.Learned`), ``None`` for
@@ -52,7 +54,14 @@ class Agent:
         unknown = sorted(self.features.keys() - FEATURES.keys())
         if unknown:
             raise ValueError(f"layer agents have no features {unknown}; they have {list(FEATURES)}")
-        base_constants(self.base)
+        for name, scaling in self.features.items():
+            if not np.isfinite(scaling).all() or scaling[1] == 0:
+                raise ValueError(
+                    f"feature {name} must have a finite offset and scale, the scale not 0, got "
+                    f"{list(scaling)}"
+                )
+        *_, gain = base_constants(self.base)
+        check_number("gain", "in 0..1", gain)
         weights = self.forecast
         if weights is not None and not (weights.shape == (5, 6) and np.isfinite(weights).all()):
             raise ValueError(f"forecast must be 5 x 6 finite weights, got {weights.tolist()}")
@@ -82,6 +91,8 @@ class Agent:
 def save_agent(agent: Agent, path: str | os.PathLike[str]) -> Path:
     """Write ``path`` (``.safetensors``) and the card beside it (``.json``); each appears whole.
 
+    The card has the sha256 of the weights, so that no card is ever taken for that of others.
+
     Returns:
         The path of the weights.
     """
@@ -89,22 +100,24 @@ def save_agent(agent: Agent, path: str | os.PathLike[str]) -> Path:
 
     weights, cards = _files(path)
     weights.parent.mkdir(parents=True, exist_ok=True)
-    card = {
+    arrays = {}
+    for i, (weight, bias) in enumerate(agent.layers):
+        arrays[f"{i}.weight"] = np.ascontiguousarray(weight, np.float32)
+        arrays[f"{i}.bias"] = np.ascontiguousarray(bias, np.float32)
+    data = save(arrays)
+    own = {
         "kind": KIND,
         "version": VERSION,
+        "weights_sha256": hashlib.sha256(data).hexdigest(),
         "features": {name: list(scaling) for name, scaling in agent.features.items()},
         "actions": list(ACTIONS),
         "base": dict(agent.base),
         "forecast": None if agent.forecast is None else agent.forecast.tolist(),
         "network": {"sizes": [len(bias) for _, bias in agent.layers], "activation": "tanh"},
-        **agent.card,
     }
-    arrays = {}
-    for i, (weight, bias) in enumerate(agent.layers):
-        arrays[f"{i}.weight"] = np.ascontiguousarray(weight, np.float32)
-        arrays[f"{i}.bias"] = np.ascontiguousarray(bias, np.float32)
+    card = own | dict(agent.card) | own  # first in order, and never those of another card
     _write(cards, (json.dumps(card, indent=1) + "\n").encode())
-    _write(weights, save(arrays))
+    _write(weights, data)
     return weights
 
 
@@ -112,30 +125,74 @@ def load_agent(path: str | os.PathLike[str]) -> Agent:
     """The agent whose weights or card is at ``path``, with or without suffix.
 
     Raises:
-        ValueError: a file is damaged or is of another kind; it is named.
+        ValueError: a file is damaged or is of another kind, or the two are not of one agent; file
+            and fault are named.
         OSError: a file cannot be read.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     weights, cards = _files(path)
+    text, data = cards.read_bytes(), weights.read_bytes()
     try:
-        card = json.loads(cards.read_text(encoding="utf-8"))
-        if (card["kind"], card["version"]) != (KIND, VERSION):
-            raise ValueError(f"kind must be {KIND!r} version {VERSION}")
-        if card["actions"] != list(ACTIONS) or card["network"]["activation"] != "tanh":
-            raise ValueError(f"actions must be {list(ACTIONS)} behind a tanh network")
-        arrays = load(weights.read_bytes())
-        n_layers = len(card["network"]["sizes"])
+        card = _card(text)
+        if card["weights_sha256"] != hashlib.sha256(data).hexdigest():
+            raise ValueError(f"its weights_sha256 is not that of {weights.name}: not one agent")
         return Agent(
-            features={name: (float(s[0]), float(s[1])) for name, s in card["features"].items()},
-            layers=[(arrays[f"{i}.weight"], arrays[f"{i}.bias"]) for i in range(n_layers)],
+            features={name: _scaling(name, s) for name, s in card["features"].items()},
+            layers=_layers(data, card["network"]["sizes"]),
             base={name: float(value) for name, value in card["base"].items()},
             forecast=None if (w := card["forecast"]) is None else np.array(w, np.float64),
             card=card,
         )
-    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{weights}: not an agent: {error!r}") from error
+    except KeyError as error:
+        raise ValueError(f"{cards}: not an agent: it has no {error}") from error
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{cards}: not an agent: {error}") from error
+
+
+def _card(text: bytes) -> dict[str, Any]:
+    """The card in a file, of this kind and version."""
+    try:
+        card = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"must be a map, got a {type(card).__name__}")
+    if (card["kind"], card["version"]) != (KIND, VERSION):
+        raise ValueError(
+            f"kind must be {KIND!r} version {VERSION}, got {card['kind']!r} version "
+            f"{card['version']!r}"
+        )
+    if card["actions"] != list(ACTIONS) or card["network"]["activation"] != "tanh":
+        raise ValueError(f"actions must be {list(ACTIONS)} behind a tanh network")
+    return card
+
+
+def _scaling(name: str, scaling: Any) -> tuple[float, float]:
+    if not (isinstance(scaling, list) and len(scaling) == 2):
+        raise ValueError(f"feature {name} must have an offset and a scale, got {scaling!r}")
+    return float(scaling[0]), float(scaling[1])
+
+
+def _layers(data: bytes, sizes: Sequence[int]) -> list[tuple[FloatArray, FloatArray]]:
+    """Weight and bias of every layer in a file that holds layers of these sizes and no more."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        arrays = load(data)
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"its weights are damaged: {error}") from error
+    names = {f"{i}.{kind}" for i in range(len(sizes)) for kind in ("weight", "bias")}
+    wrong = sorted(name for name, array in arrays.items() if array.dtype != np.float32)
+    if arrays.keys() != names or wrong:
+        raise ValueError(
+            f"network of sizes {sizes} must have float32 arrays {sorted(names)}, got "
+            f"{ {name: str(array.dtype) for name, array in sorted(arrays.items())} }"
+        )
+    layers = [(arrays[f"{i}.weight"], arrays[f"{i}.bias"]) for i in range(len(sizes))]
+    found = [bias.size for _, bias in layers]
+    if found != sizes:
+        raise ValueError(f"network sizes must be those of the weights, {found}, got {sizes}")
+    return layers
 
 
 def _files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
