@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +16,42 @@ from ndp_gym.policy import Observation, PolicyContext
 SHIPPED = Path(__file__).resolve().parent / "agents"
 
 
+def find_agent(path: str) -> Agent:
+    """The agent whose weights or card is at ``path``, or that ships by this name.
+
+    Raises:
+        ValueError: a file is damaged or holds no agent.
+        OSError: a file cannot be read.
+    """
+    is_shipped = (SHIPPED / f"{path}.json").is_file()
+    return load_agent(SHIPPED / path if is_shipped else path)
+
+
+def without_network(agent: Agent) -> Agent:
+    """The planner that ``agent`` bends, with its fitted forecast: its network says nothing."""
+    silent = [(np.zeros_like(weight), np.zeros_like(bias)) for weight, bias in agent.layers]
+    return replace(agent, layers=silent)
+
+
 class LayerAgent:
     """Every layer asks the same network; see `ndp_gym.layer_agents`.
 
     Args:
         path: of the weights or the card, or the name of one that ships in ``policies/agents``.
+        network: ``False`` leaves the planner with the agent's fitted forecast alone.
     """
 
-    def __init__(self, path: str = "rand_0") -> None:
+    def __init__(self, path: str = "rand_0", network: bool = True) -> None:
         """Read the file.
 
         Raises:
-            ValueError: the file is damaged or holds no agent.
-            OSError: the file cannot be read.
+            ValueError: a file is damaged or holds no agent, or ``network`` is no boolean.
+            OSError: a file cannot be read.
         """
-        is_shipped = (SHIPPED / f"{path}.json").is_file()
-        self.agent = load_agent(SHIPPED / path if is_shipped else path)
+        if not isinstance(network, bool):
+            raise ValueError(f"network must be True or False, got {network!r}")
+        agent = find_agent(path)
+        self.agent = agent if network else without_network(agent)
 
     @classmethod
     def of(cls, agent: Agent) -> LayerAgent:

@@ -15,7 +15,8 @@ from safetensors.numpy import load, save
 from ndp_gym.agent_file import Agent, load_agent, save_agent
 from ndp_gym.layer_agents import ACTIONS
 from ndp_gym.layer_features import FEATURES
-from policies.agent import SHIPPED
+from ndp_gym.policy import resolve
+from policies.agent import SHIPPED, LayerAgent
 
 
 def agent_of(seed: int) -> Agent:
@@ -118,3 +119,16 @@ def test_cards_that_are_no_maps_are_refused(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("card", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
 def test_every_shipped_agent_loads(card: Path) -> None:
     assert load_agent(card).card["training"]
+
+
+def test_an_agent_runs_without_its_network() -> None:
+    whole, mute = (resolve(f"agent:path=rand_0{more}")() for more in ("", ",network=False"))
+    assert isinstance(whole, LayerAgent)
+    assert isinstance(mute, LayerAgent)
+    features = np.ones((2, len(whole.agent.features)), np.float32)
+    assert whole.agent(features).any()
+    assert not mute.agent(features).any()
+    np.testing.assert_array_equal(mute.agent.forecast, whole.agent.forecast)
+    assert mute.agent.base == whole.agent.base
+    with pytest.raises(ValueError, match="network must be True or False, got 'no'"):
+        resolve("agent:path=rand_0,network=no")()
