@@ -1,5 +1,6 @@
 """Forecasts fitted on a train split: directions of its loads, and weights that help on val."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ndp_gym.patterns import CHUNK, HALF_AT, RANK, patterns_of, train_patterns
 from ndp_gym.policy import Patterns
 from ndp_gym.rollout import train_profile
 from tests.conftest import make_trace
-from train.forecast import LIVE, fit_weights, samples
+from train.forecast import LIVE, fit_weights, folds, samples
 
 SHAPE = (3, 10)
 
@@ -162,6 +163,31 @@ def test_equal_seeds_give_equal_samples() -> None:
 def test_too_few_requests_to_fit_on_are_no_error(tmp_path: Path) -> None:
     make_trace(n_conversations=20).save(tmp_path / "t.safetensors")
     assert fit_weights((str(tmp_path / "t.safetensors"),), 4) is None
+
+
+def test_a_conversation_is_in_one_fold_with_all_its_turns() -> None:
+    requests = make_trace(n_conversations=40).requests
+    train = np.flatnonzero(requests.split == 0)
+    assert len(np.unique(requests.conversation[train])) < len(train)  # some have two turns
+    dealt = list(folds(requests))
+    assert len(dealt) == 5
+    assert sorted(np.concatenate([mine for mine, _ in dealt])) == train.tolist()
+    for mine, other in dealt:
+        assert not set(requests.conversation[mine]) & set(requests.conversation[other])
+        assert sorted([*mine, *other]) == train.tolist()
+
+
+def test_requests_of_their_own_conversations_are_dealt_in_turn() -> None:
+    requests = make_trace(n_conversations=40).requests
+    numbers = np.random.default_rng(0).permutation(len(requests))
+    train = np.flatnonzero(requests.split == 0)
+    for fold, (mine, _) in enumerate(folds(replace(requests, conversation=numbers))):
+        np.testing.assert_array_equal(mine, train[fold::5])
+
+
+def test_weights_are_fitted_on_the_system_that_is_named() -> None:
+    with pytest.raises(ValueError, match="no_such_machine"):
+        fit_weights((None,), 16, system="no_such_machine")
 
 
 def test_an_agents_file_keeps_the_forecast(tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ from ndp_gym.patterns import patterns_of
 from ndp_gym.plan import FAR
 from ndp_gym.policy import Patterns
 from ndp_gym.rollout import decode_counts
-from ndp_gym.trace_requests import SPLITS
+from ndp_gym.trace_requests import SPLITS, Requests
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 LIVE = (1, 2, 4, 8, 16)
 """Live requests that a row of weights is for."""
@@ -55,27 +56,30 @@ class Sample(NamedTuple):
 
 @lru_cache(maxsize=8)
 def fit_weights(
-    traces: tuple[str | None, ...], window: int, seed: int = 0, model: str | None = None
+    traces: tuple[str | None, ...],
+    window: int,
+    seed: int = 0,
+    model: str | None = None,
+    system: str | None = None,
 ) -> FloatArray | None:
     """[5, 6] weights over all recordings together; ``None`` where one has too few to fit on.
 
-    ``model`` is a preset's name, by default the one that each recording names.
+    ``model`` is a preset's name, by default the one that each recording names; ``system`` that of
+    one on which the model fits.
     """
     found = []
     for n_live in LIVE:
         sums = Sums()
         for path in traces:
             trace = open_trace(path)
-            train = np.flatnonzero(trace.requests.split == SPLITS.index("train"))
-            for fold in range(N_FOLDS):
-                mine, other = train[fold::N_FOLDS], np.delete(train, np.s_[fold::N_FOLDS])
+            for mine, other in folds(trace.requests):
                 patterns = patterns_of(trace, other)
                 if patterns is None:
                     return None
                 lanes = Lanes(
                     trace,
                     find_model(model, trace),
-                    find_system(None),
+                    find_system(system),
                     batch_size=n_live,
                     window=window,
                 )
@@ -86,6 +90,21 @@ def fit_weights(
     weights = np.array(found)
     weights.flags.writeable = False
     return weights
+
+
+def folds(requests: Requests) -> Iterator[tuple[IntArray, IntArray]]:
+    """A fold of the train requests and all others, fold by fold.
+
+    Conversations are dealt to the folds in turn, so that none has turns in two of them.
+    """
+    train = np.flatnonzero(requests.split == SPLITS.index("train"))
+    _, first, which = np.unique(
+        requests.conversation[train], return_index=True, return_inverse=True
+    )
+    number = np.argsort(np.argsort(first))[which]  # of its conversation, by first appearance
+    for fold in range(min(N_FOLDS, len(first))):
+        is_mine = number % N_FOLDS == fold
+        yield train[is_mine], train[~is_mine]
 
 
 class Sums:
