@@ -1,7 +1,6 @@
 """What a training run leaves behind: the whole curve in the best agent's card, whatever happens."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from ndp_gym.agent_file import load_agent
 from policies.agent import LayerAgent
 from train.ppo import Args, ValScore, train
 from train.results import pictures
+from train.results.contenders import Folders
 from train.tracking import Placed, Scored
 
 TINY: dict[str, Any] = {
@@ -123,56 +123,23 @@ def test_a_finished_run_has_nothing_left_to_score(tmp_path: Path, scripted: list
     assert scripted == []
 
 
-OLD = {"curve": [[4096, 9.0, 0.6], [8192, 18.0, 0.8]],
-       "scores": {"reward_alone": 0.5, "n_windows_trained": 8192}}  # fmt: skip
-WHOLE = {"curve": [[0, 0.1, 0.4], [4096, 9.0, 0.7], [8192, 18.0, 0.6]],
-         "scores": {"reward_alone": 0.5, "n_windows_trained": 4096}}  # fmt: skip
+CARD = {"curve": [[0, 0.1, 0.4], [4096, 9.0, 0.7], [8192, 18.0, 0.6]],
+        "scores": {"reward_alone": 0.5, "n_windows_trained": 4096}}  # fmt: skip
 
 
-@pytest.fixture
-def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Draws learning curves of cards, and shows its axes and labels."""
-
-    def files(name: str) -> Sequence[Path]:
-        return sorted(tmp_path.glob(f"{name}_*.json"))
-
-    shown: dict[str, Any] = {}
+def test_curves_are_drawn_whole_and_their_best_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
 
     def keep(figure: Any) -> bytes:
-        shown["axes"] = figure.axes[0]
+        figures.append(figure)
         return b""
 
-    monkeypatch.setattr(pictures, "agent_files", files)
     monkeypatch.setattr(pictures, "svg", keep)
-    return shown
-
-
-def lines_of(axes: Any) -> list[list[tuple[float, float]]]:
-    """Points of every line that is no marker alone, the zero line left out."""
-    return [
-        [(round(x, 3), round(y, 3)) for x, y in line.get_xydata()]
-        for line in axes.lines[:-1]
-        if line.get_linestyle() == "-"
-    ]
-
-
-def test_whole_curves_are_drawn_whole_and_their_best_is_marked(
-    tmp_path: Path, drawn: dict[str, Any]
-) -> None:
-    (tmp_path / "rand_0.json").write_text(json.dumps(WHOLE))
-    pictures.learning_curves(["rand"])
-    assert lines_of(drawn["axes"]) == [[(0, -0.1), (4.096, 0.2), (8.192, 0.1)]]
-    (mark,) = (line for line in drawn["axes"].lines if line.get_markersize() == 7)
+    (tmp_path / "rand_0.json").write_text(json.dumps(CARD))
+    pictures.learning_curves(["rand"], Folders(agents=tmp_path))
+    curve, mark, zero = figures[0].axes[0].lines
+    np.testing.assert_allclose(curve.get_xydata(), [(0, -0.1), (4.096, 0.2), (8.192, 0.1)])
     np.testing.assert_allclose(mark.get_xydata(), [(4.096, 0.2)])
-    assert drawn["axes"].get_xlabel().endswith("large dot: the best on val")
-
-
-def test_among_older_curves_all_end_at_their_best(tmp_path: Path, drawn: dict[str, Any]) -> None:
-    (tmp_path / "rand_0.json").write_text(json.dumps(WHOLE))
-    (tmp_path / "hidden_0.json").write_text(json.dumps(OLD))
-    pictures.learning_curves(["rand", "hidden"])
-    assert lines_of(drawn["axes"]) == [
-        [(0, -0.1), (4.096, 0.2)],
-        [(4.096, 0.1), (8.192, 0.3)],
-    ]
-    assert drawn["axes"].get_xlabel().endswith("up to the best on val")
+    assert set(zero.get_ydata()) == {0}

@@ -5,22 +5,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ndp_gym.agent_file import load_agent
 from ndp_gym.scenarios import condition_tasks
 from policies.all_far import AllFar
 from policies.balance import Balance
 from train.results.conditions import AGENTS, FORECAST, Measured, Table, row_of
-from train.results.contenders import agent_files, forecast_alone, heuristics, tunings_of
+from train.results.contenders import Folders, Heuristic, heuristics
 from train.results.fronts import (
+    PRICES,
     Curve,
+    curve_of,
     gain_at_equal_loss,
     gain_over_range,
     gains_at_budgets,
 )
 from train.results.measure import Run, run, shares_of
 from train.results.page import page
-from train.results.regret import Sample
-from train.results.resampling import Resampling, at_equal, interval
+from train.results.regret import Sample, regret_of
+from train.results.resampling import Resampling, frontier, interval
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = [np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([[0.0, 1.0]])]
@@ -64,10 +65,28 @@ def test_training_seeds_widen_the_interval() -> None:
     np.testing.assert_array_equal(found, resampling.means_over_seeds(runs))
 
 
-def test_a_curve_is_read_between_its_points_and_nowhere_else() -> None:
+def test_a_frontier_is_the_concave_hull_of_its_points_and_ends_with_them() -> None:
     x = np.array([[2.0, 2.0, 2.0], [1.0, 1.0, 1.0]])
-    found = at_equal(np.array([1.25, 0.5, 2.0]), x, 10 * x)
+    found = frontier(np.array([1.25, 0.5, 2.0]), x, 10 * x)
     np.testing.assert_allclose(found, [12.5, np.nan, 20.0])
+    dented = np.array([[0.0], [1.0], [2.0]]), np.array([[0.0], [0.2], [1.0]])
+    assert frontier(np.array([1.0]), *dented) == pytest.approx([0.5])  # between the outer two
+    bulging = dented[0], np.array([[0.0], [0.9], [1.0]])
+    assert frontier(np.array([1.0]), *bulging) == pytest.approx([0.9])
+    assert frontier(np.array([0.5]), *bulging) == pytest.approx([0.45])
+
+
+def test_a_heuristic_at_another_price_gains_nothing_over_itself() -> None:
+    tasks = condition_tasks(conditions="fix", split="val", n_episodes=1, max_windows=64)
+    resampling, mine = Resampling(shares_of(AllFar(), tasks), 1), Heuristic("balance", {})
+
+    def of_prices(*prices: float) -> Curve:
+        return curve_of([run(mine.at(price), tasks) for price in prices], resampling)
+
+    curve = of_prices(*(price for price in PRICES if 0.85 < price < 1.2))
+    others = of_prices(0.91, 0.97, 1.03, 1.09)
+    for loss, speed in zip(others.loss, others.speed, strict=True):
+        assert abs(np.expm1(speed - frontier(loss, curve.loss, curve.speed))[0]) < 0.003
 
 
 def test_a_gain_at_equal_loss_is_a_ratio_of_throughputs() -> None:
@@ -88,10 +107,16 @@ def test_curves_are_compared_at_budgets_and_over_all_losses() -> None:
     assert middle == pytest.approx((0.03, 0.03, 0.03))
     assert np.isnan(far.value)  # 0.2 nats are beyond both curves
     assert gain_over_range(agents, heuristic) == pytest.approx((0.03, 0.03, 0.03))
+    steeper = Curve(loss, heuristic.speed + np.log([[1.0], [4.0], [4.0]]) * ones)
+    logs = np.log(4) * (0.5 * 0.1 + 0.05) / 0.15  # rising to 4 x at .1 nats, then 4 x
+    assert gain_over_range(steeper, heuristic).value == pytest.approx(np.expm1(logs), rel=1e-3)
+    odd = 0.02198847562149539 * ones, 0.32680616635929755 * ones  # low + 1.0 * (high - low) > high
+    uneven = Curve(np.array(odd), np.array([0 * ones, ones]))
+    assert gain_over_range(uneven, uneven) == pytest.approx((0.0, 0.0, 0.0))
 
 
 def test_windows_and_shares_pair_whatever_the_policy() -> None:
-    tasks = condition_tasks(conditions="rand", split="test", n_episodes=2, max_windows=5)
+    tasks = condition_tasks(conditions="rand", split="val", n_episodes=2, max_windows=5)
     one, other = shares_of(AllFar(), tasks), shares_of(Balance(), tasks)
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -126,17 +151,26 @@ def measured(level: float, forecast: float = 1.0, section: str = "rand") -> Meas
     }
     return Measured(
         section, 2, 2, "balance, tuned", rows, curve, None, {"balance": tuning},
-        {"balance, tuned": 0.75}, sample, "f" * 64,
+        {"balance, tuned": 0.75} if ":" in section else {}, sample, "f" * 64,
     )  # fmt: skip
+
+
+def written(found: Measured, split: str = "test") -> str:
+    return page([found], split, [], None, "python -m train.results", Folders())
 
 
 @pytest.mark.parametrize(
     ("level", "verdict"),
-    [(1.1, "the agents are better"), (0.9, "the heuristic is better"), (1.0, "no difference")],
+    [
+        (1.1, "the agents are better."),
+        (1.005, "the agents are better, by less than the spread of its tunings (0.0100)."),
+        (0.9, "the heuristic is better."),
+        (1.0, "no difference is shown."),
+    ],
 )
 def test_the_page_says_who_is_better(level: float, verdict: str) -> None:
     found = measured(level)
-    text = page([found], "test", [], None)
+    text = written(found)
     assert verdict in text
     assert "(5 seeds)" in text
     assert found.rows[1].gain.value == pytest.approx(level - 1)
@@ -145,31 +179,50 @@ def test_the_page_says_who_is_better(level: float, verdict: str) -> None:
 def test_the_page_tells_the_network_from_the_forecast() -> None:
     found = measured(1.25, forecast=1.125)
     assert found.network == pytest.approx((0.125, 0.125, 0.125))
-    text = page([found], "test", [], None)
+    text = written(found)
     assert "Their forecast alone: reward +0.1250" in text
-    assert "the network adds +0.1250 (+0.1250 to +0.1250).\n" in text
-    assert "What learning by trial adds" not in text
-    noise = page([measured(1.25, forecast=1.25)], "test", [], None)
+    assert "the network adds +0.1250 (+0.1250 to +0.1250), more than noise." in text
+    assert "Learning by trial" not in text
+    noise = written(measured(1.25, forecast=1.25))
     assert "the network adds +0.0000 (+0.0000 to +0.0000), within the noise." in noise
-    assert "not shown to be more than noise under `rand`" in " ".join(noise.split())
+    assert "not shown to add anything to the fitted forecast under `rand`" in noise
+    loss = written(measured(1.25, forecast=1.5))
+    assert "the network adds -0.2500 (-0.2500 to -0.2500), a loss." in loss
+    assert "not shown to add anything to the fitted forecast under `rand`" in loss
 
 
 def test_every_row_has_its_regret() -> None:
-    lines = page([measured(1.25)], "test", [], None).splitlines()
+    lines = written(measured(1.25)).splitlines()
     cells = {line.split(" | ")[0]: line.split(" | ")[-3:-1] for line in lines if "ms" not in line}
-    assert cells["| **layer agents**"] == ["0.7500", "1.0000"]
-    assert cells["| `balance, tuned`"] == ["1.0000", "1.2500"]
+    assert cells["| **layer agents**"] == ["0.750", "1.000"]
+    assert cells["| `balance, tuned`"] == ["1.000", "1.250"]
+
+
+def test_regret_has_a_standard_error_over_its_windows() -> None:
+    sample = [Sample(0, 0, bound=3.0, found=2.0), Sample(1, 0, bound=3.0, found=2.5)]
+    found = regret_of([fake(1.0), fake(1.5)], sample, ("in_place",))
+    assert found.to_found == pytest.approx((1.0, 0.25))
+    assert found.to_bound == pytest.approx((1.75, 0.0))
+    assert np.isnan(regret_of([fake(1.0)], sample, ("fetch",)).to_bound[0])
+
+
+def test_agents_gains_are_summed_up_robustly_too() -> None:
+    text = written(measured(1.25))
+    assert "gain over the best heuristic, episodes alike: +0.2500, +0.2500" in text
+    assert (
+        "interquartile mean +0.2500 (+0.2500 to +0.2500), probability of improvement 100%" in text
+    )
 
 
 def test_another_quality_weight_says_how_its_best_heuristic_was_chosen() -> None:
-    text = page([measured(1.0, section="fix:quality")], "val", [], None)
+    text = written(measured(1.0, section="fix:quality"), "val")
     assert "## `fix`: the default environment, quality weight `quality`" in text
     assert "Reward on val at this weight: `balance, tuned` 0.7500. Best: `balance, tuned`." in text
     assert "**A trial on val, not to be quoted.**" in text
 
 
 def test_untuned_and_tuned_heuristics_follow_the_price() -> None:
-    known = heuristics(tunings_of("rand"))
+    known = heuristics(Folders().tunings_of("rand"))
     assert list(known) == [
         "balance", "balance_feedback", "balance, tuned", "balance_feedback, tuned",
     ]  # fmt: skip
@@ -178,18 +231,8 @@ def test_untuned_and_tuned_heuristics_follow_the_price() -> None:
     assert tuned.at(0.5).knobs.price == pytest.approx(0.5 * tuned.constants["price"])
 
 
-def test_the_forecast_alone_has_a_network_that_says_nothing() -> None:
-    agent = load_agent(agent_files("rand")[0])
-    silent = forecast_alone(agent).agent
-    features = np.ones((3, len(agent.features)), np.float32)
-    assert np.abs(agent(features)).max() > 0
-    np.testing.assert_array_equal(silent(features), 0)
-    assert silent.base == agent.base
-    assert silent.forecast is agent.forecast
-
-
 @pytest.mark.parametrize("conditions", ["rand", "hidden", "drift"])
 def test_agents_of_the_table_ship_with_five_seeds(conditions: str) -> None:
-    assert len(agent_files(conditions)) == 5
+    assert len(Folders().agent_files(conditions)) == 5
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     assert f"- `{conditions}`: layer agents (5 seeds)" in text

@@ -13,13 +13,12 @@ from ndp_gym.agent_file import load_agent
 from ndp_gym.policy import Policy
 from ndp_gym.rollout import Task
 from ndp_gym.scenarios import condition_tasks
-from policies.agent import LayerAgent
+from policies.agent import LayerAgent, without_network
 from policies.all_far import AllFar
 from policies.balance_feedback import BalanceFeedback
 from policies.tuned import tuned
 from train.models.agents import ALL, BASE, own, without
 from train.models.recordings import Recording, profile_of
-from train.results.contenders import forecast_alone
 from train.results.fronts import Gain
 from train.results.measure import Run, run, shares_of
 from train.results.resampling import Resampling
@@ -86,7 +85,7 @@ def _policies(recording: Recording, agents: Mapping[str, Path]) -> dict[str, Pol
         PLANNER: tuned(BASE),
         UNTUNED: BalanceFeedback(),
         OWN: LayerAgent.of(mine),
-        FORECAST: forecast_alone(mine),
+        FORECAST: LayerAgent.of(without_network(mine)),
     }
     for label, name in ((SHARED, ALL), (LEFT_OUT, without(recording))):
         if name in agents:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ndp_gym.agent_file import load_agent
 from ndp_gym.policy import resolve
 from ndp_gym.rollout import Task
 from ndp_gym.scenarios import condition_tasks
+from policies.agent import LayerAgent
 from train.results.contenders import (
     HEURISTICS,
+    Folders,
     Heuristic,
-    agent_files,
-    forecast_alone,
     heuristics,
     priced_agent,
-    tunings_of,
 )
 from train.results.fronts import (
+    AGENT_PRICES,
     PRICES,
     Curve,
     Gain,
@@ -54,7 +54,8 @@ class Row(NamedTuple):
         won: share of the episodes with a higher reward than it.
         regret: on the sample.
         decision_s: seconds per decision.
-        seeds: rewards of an agent's training seeds.
+        rewards: [training seeds, episodes], of agents; one seed for all others.
+        theirs: [1, episodes] of the best heuristic.
     """
 
     name: str
@@ -66,7 +67,13 @@ class Row(NamedTuple):
     won: float
     regret: Regret
     decision_s: float
-    seeds: tuple[float, ...] = ()
+    rewards: FloatArray
+    theirs: FloatArray
+
+    @property
+    def n_seeds(self) -> int:
+        """Training seeds of agents, 1 for others."""
+        return len(self.rewards)
 
 
 class Measured(NamedTuple):
@@ -99,6 +106,12 @@ class Measured(NamedTuple):
         return next((row for row in self.rows if row.name == name), None)
 
     @property
+    def spread(self) -> float:
+        """Of the best heuristic's tunings on val; nan where it was not tuned for the section."""
+        tuning = None if self.val else self.tunings.get(self.best.partition(",")[0])
+        return float(tuning["scores"]["spread_of_tunings"]) if tuning else np.nan
+
+    @property
     def network(self) -> Gain | None:
         """Reward of the agents over that of their forecast alone."""
         agents, forecast = self.row(AGENTS), self.row(FORECAST)
@@ -115,12 +128,15 @@ class Table(NamedTuple):
     kinds: tuple[str, ...]
 
 
-def measure(section: str, n_episodes: int, split: str, n_regret: int) -> Measured:
-    """Run everybody over ``n_episodes`` episodes of ``split``; regret is over ``n_regret``."""
+def measure(section: str, n_episodes: int, split: str, n_regret: int, folders: Folders) -> Measured:
+    """Run everybody over ``n_episodes`` episodes of ``split``; regret is over ``n_regret``.
+
+    At another quality weight than the tunings' the agents are those of ``rand``, which saw it.
+    """
     conditions, _, weight = section.partition(":")
     tasks = _tasks(conditions, weight, split, n_episodes, EPISODE_SEED)
     resampling = Resampling(shares_of(resolve("all_far")(), tasks))
-    tunings = tunings_of(conditions)
+    tunings = folders.tunings_of(conditions)
     known = heuristics(tunings)
     val = _on_val(known, conditions, weight) if weight else {}
     best = _best(tunings, val)
@@ -136,7 +152,8 @@ def measure(section: str, n_episodes: int, split: str, n_regret: int) -> Measure
     kinds = kinds_of(tasks[0].system)
     table = Table(runs[best], curve_of(priced, resampling), resampling, sample, kinds)
     rows = [row_of(name, [found], table) for name, found in runs.items()]
-    agents_curve = _add_agents(rows, conditions, tasks, table, (1.0,) if weight else PRICES)
+    files = folders.agent_files("rand" if weight else conditions)
+    agents_curve = _add_agents(rows, files, tasks, table, (1.0,) if weight else AGENT_PRICES)
     return Measured(
         section, n_episodes, resampling.shares[0].shape[1], best, rows, table.curve, agents_curve,
         tunings, val, sample, tasks[0].trace.sha256,
@@ -165,10 +182,9 @@ def _best(tunings: dict[str, dict[str, Any]], val: dict[str, float]) -> str:
 
 
 def _add_agents(
-    rows: list[Row], conditions: str, tasks: list[Task], table: Table, prices: Sequence[float]
+    rows: list[Row], files: list[Path], tasks: list[Task], table: Table, prices: Sequence[float]
 ) -> Curve | None:
     """Rows of the agents and of what they are without a network; their curve over ``prices``."""
-    files = agent_files(conditions)
     if not files:
         return None
     agents = [
@@ -176,7 +192,7 @@ def _add_agents(
         for p in files
     ]
     silent = [
-        said(f"{p.stem}, forecast alone", forecast_alone(load_agent(p)), tasks) for p in files
+        said(f"{p.stem}, forecast alone", LayerAgent(str(p), network=False), tasks) for p in files
     ]
     rows.append(row_of(AGENTS, [by_price[prices.index(1.0)] for by_price in agents], table))
     rows.append(row_of(FORECAST, silent, table))
@@ -196,19 +212,23 @@ def row_of(name: str, runs: list[Run], table: Table) -> Row:
     else:
         (one,) = runs
         speed, loss, reward = map(resampling.means, (one.speed, one.loss, one.reward))
-    theirs = resampling.means(table.best.reward)
-    per_episode = np.mean([[r.mean() for r in run.reward] for run in runs], axis=0)
+    gain = Gain.of(reward - resampling.means(table.best.reward))
+    rewards, theirs = _by_episode(runs), _by_episode([table.best])
     return Row(
         name=name,
         speed=speed,
         loss=loss,
         reward=reward,
-        gain=Gain.of(reward - theirs),
+        gain=gain,
         equal=gain_at_equal_loss(loss, speed, table.curve),
-        won=float((per_episode > [r.mean() for r in table.best.reward]).mean()),
+        won=float((rewards.mean(axis=0) > theirs[0]).mean()),
         regret=regret_of(runs, table.sample, table.kinds),
         decision_s=float(np.mean([run.decision_s for run in runs])),
-        seeds=tuple(float(resampling.means(run.reward)[0]) for run in runs)
-        if len(runs) > 1
-        else (),
+        rewards=rewards,
+        theirs=theirs,
     )
+
+
+def _by_episode(runs: Sequence[Run]) -> FloatArray:
+    """[runs, episodes] mean rewards."""
+    return np.array([[windows.mean() for windows in run.reward] for run in runs])

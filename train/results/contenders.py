@@ -8,15 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from ndp_gym.agent_file import Agent, load_agent
+from ndp_gym.agent_file import load_agent
 from ndp_gym.policy import Policy
-from policies.agent import SHIPPED as AGENTS
 from policies.agent import LayerAgent
 from policies.balance import Balance
 from policies.balance_feedback import BalanceFeedback
-from policies.tuned import SHIPPED as TUNINGS
 
 HEURISTICS = {"balance": Balance, "balance_feedback": BalanceFeedback}
 Tunings = Mapping[str, Mapping[str, Any]]
@@ -43,28 +39,30 @@ def heuristics(tunings: Tunings) -> dict[str, Heuristic]:
     return plain | tuned
 
 
-def tunings_of(conditions: str) -> dict[str, dict[str, Any]]:
-    """What ``train.tune`` found there, by heuristic."""
-    files = {name: TUNINGS / f"{name}_{conditions}.json" for name in HEURISTICS}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
+class Folders(NamedTuple):
+    """Where files are read: of ``train.ppo`` (``rand_0.json`` ...) and of ``train.tune``."""
 
+    agents: Path = Path("policies/agents")
+    tunings: Path = Path("policies/tunings")
 
-def agent_files(conditions: str) -> list[Path]:
-    """Cards of the agents that were trained there, one per seed; for fix: the random ones."""
-    found = sorted(AGENTS.glob(f"{'rand' if conditions == 'fix' else conditions}_*.json"))
-    return found
+    def tunings_of(self, conditions: str) -> dict[str, dict[str, Any]]:
+        """What ``train.tune`` found there, by heuristic.
+
+        Raises:
+            OSError: there is no such file.
+        """
+        files = {name: self.tunings / f"{name}_{conditions}.json" for name in HEURISTICS}
+        return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
+
+    def agent_files(self, conditions: str) -> list[Path]:
+        """Cards of the agents that were trained there, one per seed."""
+        return sorted(self.agents.glob(f"{conditions}_*.json"))
 
 
 def priced_agent(path: Path, price: float) -> LayerAgent:
     """A shipped agent on a planner to which a second is ``price`` times as dear."""
     agent = load_agent(path)
     return LayerAgent.of(replace(agent, base=_dearer(agent.base, price)))
-
-
-def forecast_alone(agent: Agent) -> LayerAgent:
-    """An agent whose network says nothing: the planner it bends, with its fitted forecast."""
-    silent = [(np.zeros_like(weight), np.zeros_like(bias)) for weight, bias in agent.layers]
-    return LayerAgent.of(replace(agent, layers=silent))
 
 
 def _dearer(constants: Mapping[str, float], price: float) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Throughput at equal loss: a heuristic's own trade of seconds against quality as the yardstick.
 
-A tuned heuristic is run at several prices of a second, which gives its curve of throughput over
-ΔNLL; an agent is compared with the curve at the agent's own ΔNLL.
+A tuned heuristic is run at many prices of a second, which gives its curve of throughput over ΔNLL;
+others are compared with the concave hull of that curve at their own ΔNLL. The prices are so close
+that the heuristic itself at another price is on the hull.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from train.results.measure import Run
-from train.results.resampling import FloatArray, Resampling, at_equal, interval
+from train.results.resampling import FloatArray, Resampling, frontier, interval
 
-PRICES = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
-"""Times the tuned price of a second."""
+PRICES = tuple(2.0 ** (k / 12) for k in range(-18, 19) if k % 2 == 0 or abs(k) < 6)
+"""Times the tuned price of a second: of the heuristic that others are compared with."""
+
+AGENT_PRICES = tuple(2.0 ** (k / 2) for k in range(-3, 4))
+"""Of agents, which take longer: fewer points, so that their hull errs to their disadvantage."""
 
 
 class Curve(NamedTuple):
@@ -66,7 +70,7 @@ def curve_over_seeds(by_price: Sequence[Sequence[Run]], resampling: Resampling) 
 def gains_at_budgets(mine: Curve, theirs: Curve) -> list[Gain]:
     """Relative throughput of one curve over the other at every one of `BUDGETS`."""
     n = mine.loss.shape[1]
-    return [Gain.of(_ratio(mine, theirs, np.full(n, budget))) for budget in BUDGETS]
+    return [Gain.of(np.expm1(_apart(mine, theirs, np.full(n, budget)))) for budget in BUDGETS]
 
 
 def gain_over_range(mine: Curve, theirs: Curve) -> Gain:
@@ -76,15 +80,17 @@ def gain_over_range(mine: Curve, theirs: Curve) -> Gain:
     """
     low = np.maximum(mine.loss.min(axis=0), theirs.loss.min(axis=0))
     high = np.minimum(mine.loss.max(axis=0), theirs.loss.max(axis=0))
-    places = (low + share * (high - low) for share in np.linspace(0, 1, _RANGE))
-    return Gain.of(np.mean([_ratio(mine, theirs, place) for place in places], axis=0))
-
-
-def _ratio(mine: Curve, theirs: Curve, loss: FloatArray) -> FloatArray:
-    one, other = (at_equal(loss, curve.loss, curve.speed) for curve in (mine, theirs))
-    return np.asarray(np.expm1(one - other))
+    places = (np.minimum(low + share * (high - low), high) for share in np.linspace(0, 1, _RANGE))
+    apart = np.array([_apart(mine, theirs, place) for place in places])
+    return Gain.of(np.expm1(np.trapezoid(apart, axis=0) / (_RANGE - 1)))
 
 
 def gain_at_equal_loss(loss: FloatArray, speed: FloatArray, curve: Curve) -> Gain:
     """Relative throughput over the curve at the same loss, [R] replicates in, 0.01 = 1 %."""
-    return Gain.of(np.expm1(speed - at_equal(loss, curve.loss, curve.speed)))
+    return Gain.of(np.expm1(speed - frontier(loss, curve.loss, curve.speed)))
+
+
+def _apart(mine: Curve, theirs: Curve, loss: FloatArray) -> FloatArray:
+    """[R] log throughput of one curve over the other's."""
+    one, other = (frontier(loss, curve.loss, curve.speed) for curve in (mine, theirs))
+    return np.asarray(one - other)

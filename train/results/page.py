@@ -6,8 +6,20 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ndp_gym.statistics import (
+    interquartile_mean,
+    interquartile_mean_interval,
+    probability_of_improvement,
+)
 from train.results.conditions import AGENTS, EPISODE_SEED, Measured, Row
-from train.results.fronts import BUDGETS, PRICES, gain_over_range, gains_at_budgets
+from train.results.contenders import Folders
+from train.results.fronts import (
+    AGENT_PRICES,
+    BUDGETS,
+    PRICES,
+    gain_over_range,
+    gains_at_budgets,
+)
 from train.results.opened import Opening, provenance
 from train.results.resampling import interval
 from train.results.words import cautions, gain_of, percent_of, summary
@@ -21,33 +33,38 @@ TITLES = {
 OPENING = """\
 # Learned agents beside tuned heuristics
 
-Written by `python -m train.results` from the agents in `policies/agents` and the tunings in
-`policies/tunings`, which `train/reproduce.sh` makes. All seconds are modeled, all losses predicted.
+Written by `{command}` from the agents in `{agents}` and the tunings in
+`{tunings}`, which `train/reproduce.sh` makes. All seconds are modeled, all losses predicted.
 {trial}
 How to read it. Every policy decodes the same {episodes} {split} episodes per condition, 64 windows
 of 16 steps each, on the bundled recording ({conversations} {split} conversations). In a window all
 of them face the same tokens, so differences are paired. *speed-up* is over all experts far at 4
 bit, the geometric mean over windows; *ΔNLL* is nats over that reference. Constants were tuned on
-train; the best of several tunings and of an agent's checkpoints was picked on val; test was opened
-for tables like these only, as often as is counted below. 95 % intervals resample episodes,
+train; the best of several tunings and of an agent's checkpoints was picked on val, and nothing on
+test; how often this page was made of it is counted below. 95 % intervals resample episodes,
 conversations and, of agents, training seeds (pigeonhole bootstrap: on the wide side).
-*At equal ΔNLL*: throughput over that of the best heuristic, run at {prices} prices of a second and
-interpolated at the row's own loss; a dash where the row is off that curve. *won*: episodes with a
-higher reward. `oracle_balance` sees the next window; it is no bound. The small tables run agents at
-the same prices too and compare curve with curve: at budgets of ΔNLL over the reference, and as the
-geometric mean over all losses that both reach, which is the difference of their hypervolumes.
+*At equal ΔNLL*: throughput over that of the best heuristic at the same loss. For this it is run at
+{prices} prices of a second, and read on the concave hull of that curve: what it reaches by
+alternating between two prices. A dash where the row is off the curve. *won*: episodes with a higher
+reward. `oracle_balance` sees the next window; it is no bound. The small tables run agents at
+{agent_prices} of the prices, which errs to their disadvantage, and compare hull with hull: at
+budgets of ΔNLL over the reference, and as the geometric mean over all losses that both reach, which
+is the difference of their hypervolumes. Rewards are means over windows. Under `rand`, `hidden` and
+`drift` the same batches, budgets, links and requests are drawn: these are not three independent
+trials.
 
 *Regret* is the reward that a row leaves, to the plan that a clairvoyant local search finds for the
 window (`ndp_gym.local_search`) and to a proved bound (`ndp_gym.bound`), both with copies that
-arrive for free. They take twenty seconds a window, so regret is the mean over {sampled} windows of
-a section, one in each of as many episodes, the same for all rows: compare rows, not its level.
+arrive for free. They take half a minute a window, so regret is the mean over {sampled} windows of
+a section (± its standard error), one in each of as many episodes, the same for all rows: too few to
+rank rows that are close.
 Machines that drift are no obstacle: every window is bounded for the machine and the HBM that it ran
 on.
 
-*forecast alone* is the agents' files with the weights of their networks set to zero: what is left
-is the planner they bend and their fitted forecast of routing. Under `fix` the agents are those that
-were trained under `rand`. Every agent bends the tuned `balance_feedback`; the windows that agents
-and tunings had stand in `train/experiments` and `train/reproduce.sh`.
+*forecast alone* is the agents' files without their networks (`agent:path=rand_0,network=false`):
+what is left is the planner they bend and their fitted forecast of routing. Every agent bends the
+tuned `balance_feedback`; the windows that agents and tunings had stand in `train/experiments` and
+`train/reproduce.sh`.
 """
 HEAD = (
     "policy | reward (95 %) | gain over best heuristic (95 %) | won | speed-up | ΔNLL | "
@@ -55,13 +72,21 @@ HEAD = (
 )
 
 
-def page(measured: Sequence[Measured], split: str, noted: list[Opening], commit: str | None) -> str:
-    """The whole page."""
+def page(
+    measured: Sequence[Measured],
+    split: str,
+    noted: list[Opening],
+    commit: str | None,
+    command: str,
+    folders: Folders,
+) -> str:
+    """The whole page, made by ``command`` from what is in ``folders``."""
     first = measured[0]
     trial = "" if split == "test" else f"\n**A trial on {split}, not to be quoted.**\n"
     opening = OPENING.format(
         episodes=first.n_episodes, conversations=first.n_conversations, prices=len(PRICES),
-        split=split, trial=trial, sampled=len(first.sample),
+        agent_prices=len(AGENT_PRICES), split=split, trial=trial, sampled=len(first.sample),
+        command=command, agents=folders.agents, tunings=folders.tunings,
     )  # fmt: skip
     lines = [opening, *cautions(measured), "", *summary(measured), ""]
     lines += ["![reward on val while agents train](img/results-learning.svg)", ""]
@@ -82,11 +107,23 @@ def _section(measured: Measured) -> Iterator[str]:
         yield f"| {' | '.join(_cells(row, measured.best))} |"
     yield ""
     yield from _budgets(measured)
-    for row in measured.rows:
-        if row.name == AGENTS and row.seeds:
-            seeds = ", ".join(f"{reward:.4f}" for reward in row.seeds)
-            yield f"Training seeds of the agents, reward: {seeds}."
-            yield ""
+    agents = measured.row(AGENTS)
+    if agents is not None:
+        yield from _seeds(agents)
+
+
+def _seeds(agents: Row) -> Iterator[str]:
+    """What training seeds reach one by one, episodes alike, and robust figures over both."""
+    gains = agents.rewards - agents.theirs
+    low, high = interquartile_mean_interval(gains)
+    chance = probability_of_improvement(agents.rewards, agents.theirs)
+    each = ", ".join(f"{gain:+.4f}" for gain in gains.mean(axis=1))
+    yield (
+        f"Training seeds of the agents, gain over the best heuristic, episodes alike: {each}. Over "
+        f"seeds and episodes: interquartile mean {interquartile_mean(gains):+.4f} ({low:+.4f} to "
+        f"{high:+.4f}), probability of improvement {chance:.0%}."
+    )
+    yield ""
 
 
 def _budgets(measured: Measured) -> Iterator[str]:
@@ -126,16 +163,21 @@ def _cells(row: Row, best: str) -> list[str]:
     is_best = row.name == best
     name = f"**{row.name}**" if row.name == AGENTS else row.name
     return [
-        name if row.seeds else f"`{name}`",
+        name if row.n_seeds > 1 else f"`{name}`",
         f"{row.reward[0]:.4f} ({low:.3f} to {high:.3f})",
         "-" if is_best else gain_of(row.gain),
         "-" if is_best else f"{row.won:.0%}",
         f"{np.exp(row.speed[0]):.3f}",
         f"{row.loss[0]:+.4f}",
         "-" if is_best else percent_of(row.equal),
-        *("-" if np.isnan(regret) else f"{regret:.4f}" for regret in row.regret),
+        *map(_regret, row.regret),
         f"{1e3 * row.decision_s:.1f}",
     ]
+
+
+def _regret(found: tuple[float, float]) -> str:
+    mean, error = found
+    return "-" if np.isnan(mean) else f"{mean:.3f}" + ("" if np.isnan(error) else f" ± {error:.3f}")
 
 
 def _provenance(first: Measured, noted: list[Opening], commit: str | None) -> Iterator[str]:

@@ -20,6 +20,7 @@ from ndp_gym.regret import recorded_window
 from ndp_gym.rollout import Replayed, Task, run_policy
 from ndp_gym.specs import Service, SystemSpec
 from train.results.measure import Run
+from train.results.resampling import FloatArray
 
 FIRST, N_ROUNDS = (3.0,), 1  # a quarter of the search's default, as good from these starts
 
@@ -34,10 +35,10 @@ class Sample(NamedTuple):
 
 
 class Regret(NamedTuple):
-    """Means over the sample; nan where the row uses a service that was not bounded."""
+    """Mean over the sample and its standard error; nan where a service was not bounded."""
 
-    to_found: float
-    to_bound: float
+    to_found: tuple[float, float]
+    to_bound: tuple[float, float]
 
 
 def sampled(clairvoyant: Policy, tasks: Sequence[Task], n_windows: int, seed: int) -> list[Sample]:
@@ -91,9 +92,15 @@ def relaxed(bound: WindowBound, else_: Placement) -> Placement:
 
 
 def regret_of(runs: Sequence[Run], sample: Sequence[Sample], kinds: Sequence[str]) -> Regret:
-    """Of a row, mean over its runs; ``kinds`` of service are those the sample was bounded for."""
+    """Of a row, over its runs; ``kinds`` of service are those the sample was bounded for."""
     if not sample or any(not run.services <= set(kinds) for run in runs):
-        return Regret(np.nan, np.nan)
+        return Regret((np.nan, np.nan), (np.nan, np.nan))
     earned = np.array([[run.reward[s.episode][s.window] for s in sample] for run in runs])
     found, bound = (np.array([getattr(s, name) for s in sample]) for name in ("found", "bound"))
-    return Regret(float((found - earned).mean()), float((bound - earned).mean()))
+    return Regret(*(_mean(most - earned.mean(axis=0)) for most in (found, bound)))
+
+
+def _mean(values: FloatArray) -> tuple[float, float]:
+    """Mean and its standard error, nan of a single value."""
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return float(values.mean()), float(error)

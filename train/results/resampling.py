@@ -69,13 +69,18 @@ def interval(replicates: FloatArray) -> tuple[float, float]:
     return percentile_interval(replicates[1:])
 
 
-def at_equal(x: FloatArray, curve_x: FloatArray, curve_y: FloatArray) -> FloatArray:
-    """The curve's y where its x is ``x``, replicate by replicate, nan outside the curve.
+def frontier(x: FloatArray, curve_x: FloatArray, curve_y: FloatArray) -> FloatArray:
+    """The largest y where x is ``x`` on the curve's concave hull, nan outside its range of x.
 
-    ``x`` is [R]; ``curve_x`` and ``curve_y`` [K, R] are points of the curve.
+    What alternating between two points of the curve, window by window, would reach on average.
+    Replicate by replicate: ``x`` is [R]; ``curve_x`` and ``curve_y`` [K, R] are points.
     """
-    found = np.empty_like(x)
-    for r in range(x.size):
-        order = np.argsort(curve_x[:, r])
-        found[r] = np.interp(x[r], curve_x[order, r], curve_y[order, r], left=np.nan, right=np.nan)
-    return found
+    best = np.full_like(x, -np.inf)
+    for left_x, left_y in zip(curve_x, curve_y, strict=True):
+        for right_x, right_y in zip(curve_x, curve_y, strict=True):
+            span = right_x - left_x
+            share = np.divide(x - left_x, span, out=np.zeros_like(x), where=span > 0)
+            inside = (left_x <= x) & (x <= right_x)
+            y = left_y + share * (right_y - left_y)
+            best = np.where(inside, np.maximum(best, y), best)
+    return np.where(np.isfinite(best), best, np.nan)

@@ -20,14 +20,14 @@ def summary(measured: Sequence[Measured]) -> Iterator[str]:
             yield f"- `{each.section}`: no agents."
             continue
         yield (
-            f"- `{each.section}`: layer agents ({len(agents.seeds)} seeds) against "
+            f"- `{each.section}`: layer agents ({agents.n_seeds} seeds) against "
             f"`{each.best}`: reward {gain_of(agents.gain)}, throughput at equal ΔNLL "
-            f"{percent_of(agents.equal)}; {_verdict(agents.gain)}."
+            f"{percent_of(agents.equal)}; {_verdict(agents.gain, each.spread)}."
         )
         if forecast is not None and each.network is not None:
             yield (
                 f"  Their forecast alone: reward {gain_of(forecast.gain)}; the network adds "
-                f"{gain_of(each.network)}{_in_noise(each.network)}."
+                f"{gain_of(each.network)}, {_of_network(each.network)}."
             )
 
 
@@ -48,11 +48,11 @@ def cautions(measured: Sequence[Measured]) -> Iterator[str]:
             f"`oracle_balance`, which only knows the next window, {_span(seen)}."
         )
     networks = {each.section: each.network for each in measured if each.network is not None}
-    unclear = [f"`{name}`" for name, gain in networks.items() if gain.low <= 0]
-    if unclear:
+    useless = [f"`{name}`" for name, gain in networks.items() if gain.low <= 0]
+    if useless:
         yield (
-            "- What learning by trial adds to the fitted forecast is not shown to be more than "
-            f"noise under {', '.join(unclear)}."
+            "- Learning by trial is not shown to add anything to the fitted forecast under "
+            f"{', '.join(useless)}."
         )
     yield "- Conditions are drawn from ranges that are partly assumed (`ndp_gym/conditions.py`)."
 
@@ -69,14 +69,18 @@ def percent_of(gain: Gain) -> str:
     return f"{gain.value:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
 
 
-def _verdict(gain: Gain) -> str:
+def _verdict(gain: Gain, spread: float) -> str:
+    """In words; ``spread`` is that of the heuristic's tunings on val, nan where it has none."""
     if gain.low > 0:
-        return "the agents are better"
+        small = f", by less than the spread of its tunings ({spread:.4f})"
+        return "the agents are better" + (small if gain.value <= spread else "")
     return "the heuristic is better" if gain.high < 0 else "no difference is shown"
 
 
-def _in_noise(gain: Gain) -> str:
-    return "" if gain.low > 0 or gain.high < 0 else ", within the noise"
+def _of_network(gain: Gain) -> str:
+    if gain.low > 0:
+        return "more than noise"
+    return "a loss" if gain.high < 0 else "within the noise"
 
 
 def _span(values: Sequence[float]) -> str:
