@@ -236,3 +236,11 @@ def test_agents_of_the_table_ship_with_five_seeds(conditions: str) -> None:
     assert len(Folders().agent_files(conditions)) == 5
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     assert f"- `{conditions}`: layer agents (5 seeds)" in text
+
+
+def test_agents_are_found_as_files_and_as_runs(tmp_path: Path) -> None:
+    for name in ("rand_0.json", "rand_1/best.json", "rand_1/last.json", "fix_0/best.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    found = Folders(agents=tmp_path).agent_files("rand")
+    assert found == [tmp_path / "rand_0.json", tmp_path / "rand_1/best.json"]

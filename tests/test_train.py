@@ -224,7 +224,7 @@ def test_experiments_are_options(path: Path) -> None:
 
 def test_the_defaults_are_those_of_the_fixed_experiment() -> None:
     assert parse(Args, ["--conf-file", str(ROOT / "train/experiments/fix.yml")], "") == Args(
-        hbm_budget="0.1"
+        hbm_budget="0.1", base="balance_feedback_fix"
     )
 
 

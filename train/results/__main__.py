@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--why", default="the tables of docs/results.md", metavar="TEXT",
                         help="of opening test, for the note")  # fmt: skip
     parser.add_argument("--agents", type=Path, default=Folders().agents, metavar="DIR",
-                        help="files of train.ppo: rand_0.json ... (shipped)")  # fmt: skip
+                        help="rand_0.json or rand_0/best.json ... (shipped)")  # fmt: skip
     parser.add_argument("--tunings", type=Path, default=Folders().tunings, metavar="DIR",
-                        help="files of train.tune: balance_rand.json ... (shipped)")  # fmt: skip
+                        help="balance_rand.json ... (shipped)")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     args = parser.parse_args(argv)

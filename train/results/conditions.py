@@ -145,7 +145,7 @@ def measure(section: str, n_episodes: int, split: str, n_regret: int, folders: F
     runs |= {name: said(name, heuristic.at(), tasks) for name, heuristic in known.items()}
     priced = [
         runs[best] if price == 1 else
-        said(f"{best}, price x {price:g}", known[best].at(price), tasks)
+        said(f"{best}, price x {price:.3g}", known[best].at(price), tasks)
         for price in PRICES
     ]  # fmt: skip
     sample = sampled(resolve("oracle_balance")(), tasks, n_regret, EPISODE_SEED)
@@ -188,12 +188,10 @@ def _add_agents(
     if not files:
         return None
     agents = [
-        [said(f"{p.stem}, price x {price:g}", priced_agent(p, price), tasks) for price in prices]
+        [said(f"{p}, price x {price:.3g}", priced_agent(p, price), tasks) for price in prices]
         for p in files
     ]
-    silent = [
-        said(f"{p.stem}, forecast alone", LayerAgent(str(p), network=False), tasks) for p in files
-    ]
+    silent = [said(f"{p}, forecast alone", LayerAgent(str(p), network=False), tasks) for p in files]
     rows.append(row_of(AGENTS, [by_price[prices.index(1.0)] for by_price in agents], table))
     rows.append(row_of(FORECAST, silent, table))
     if len(prices) == 1:

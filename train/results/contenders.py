@@ -40,7 +40,10 @@ def heuristics(tunings: Tunings) -> dict[str, Heuristic]:
 
 
 class Folders(NamedTuple):
-    """Where files are read: of ``train.ppo`` (``rand_0.json`` ...) and of ``train.tune``."""
+    """Where files of ``train.ppo`` and ``train.tune`` are read.
+
+    Agents trained under ``rand`` with seed 0 are ``rand_0.json``, or a run's ``rand_0/best.json``.
+    """
 
     agents: Path = Path("policies/agents")
     tunings: Path = Path("policies/tunings")
@@ -56,7 +59,11 @@ class Folders(NamedTuple):
 
     def agent_files(self, conditions: str) -> list[Path]:
         """Cards of the agents that were trained there, one per seed."""
-        return sorted(self.agents.glob(f"{conditions}_*.json"))
+        return sorted(
+            path
+            for pattern in (f"{conditions}_*.json", f"{conditions}_*/best.json")
+            for path in self.agents.glob(pattern)
+        )
 
 
 def priced_agent(path: Path, price: float) -> LayerAgent:
