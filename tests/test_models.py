@@ -12,12 +12,14 @@ from ndp_gym.trace import RoutingTrace, TraceMetadata
 from tests.toy_evaluation import requests_of
 from train.models import agents
 from train.models.__main__ import main
-from train.models.agents import Sizes, train_agent, trained_on
+from train.models.agents import Sizes, train_agent, trained_on, updates_of
 from train.models.evaluate import (
     FORECAST,
     LEFT_OUT,
+    LEFT_OUT_FORECAST,
     OWN,
     PLANNER,
+    REFITTED,
     SHARED,
     UNTUNED,
     Line,
@@ -123,6 +125,8 @@ def test_the_page_counts_where_agents_are_above_and_below() -> None:
     assert re.search(r"^\| a \(synthetic\) \| 2 x 8, 2 \| 24, 64 \| 0\.5000 \| ", text, re.M)
     assert re.search(r"^\| b \| 2 x 8, 2 ", text, re.M)
     assert "| a | 4, 525 | - | +0.1250 | - | - |" in text
+    assert "| a | +0.0000 (-0.0100 to +0.0100) | - | - | - |" in text
+    assert f"({updates_of(SIZES)} updates)" in text
     assert "opened 1 times" in text
 
 
@@ -149,8 +153,11 @@ def test_an_agent_is_trained_and_scored(tmp_path: Path, monkeypatch: pytest.Monk
     mine = Recording("bundled", bundled_trace_path(), None, None, (8, 64, 6))
     best, _ = train_agent("own_bundled", [mine], tmp_path, Sizes(n_windows=16, seed=3))
     assert "windows" in (tmp_path / "own_bundled/log.txt").read_text()
-    found = evaluate(mine, {"own_bundled": best}, "val", 1)
-    assert found.gains.keys() == {UNTUNED, OWN, FORECAST}
+    files = {"own_bundled": best, "without_bundled": best}
+    found = evaluate(mine, files, "val", 1)
+    assert found.gains.keys() == {UNTUNED, OWN, FORECAST, LEFT_OUT, LEFT_OUT_FORECAST, REFITTED}
+    assert found.gains[LEFT_OUT_FORECAST] == found.gains[FORECAST]
+    assert found.gains[REFITTED] == found.gains[OWN]
     assert found.gains[FORECAST].value == pytest.approx(0.0, abs=1e-3)  # nothing was fitted
     assert found.shared is None
     assert found.real is None

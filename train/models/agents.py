@@ -29,6 +29,11 @@ class Sizes:
     seed: int
 
 
+def updates_of(sizes: Sizes) -> int:
+    """Fewest updates of a network: those of an agent of one recording."""
+    return -(-sizes.n_windows // (N_STEPS * LANES))
+
+
 def own(recording: Recording) -> str:
     """Name of the agent of this model alone."""
     return f"own_{recording.title}"

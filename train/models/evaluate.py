@@ -25,8 +25,12 @@ from train.results.resampling import Resampling
 
 EPISODE_WINDOWS = 64
 EPISODE_SEED = 30_000  # no other script draws episodes with it
-PLANNER, UNTUNED, OWN, FORECAST, SHARED, LEFT_OUT = (
-    "planner", "untuned", "own agent", "own forecast alone", "all-models agent", "left-out agent",
+PLANNER, UNTUNED, OWN, SHARED, LEFT_OUT = (
+    "planner", "untuned", "own agent", "all-models agent", "left-out agent",
+)  # fmt: skip
+FORECAST, SHARED_FORECAST, LEFT_OUT_FORECAST, REFITTED = (
+    "own forecast alone", "all-models forecast alone", "left-out forecast alone",
+    "left-out agent with the own forecast",
 )  # fmt: skip
 
 
@@ -87,9 +91,15 @@ def _policies(recording: Recording, agents: Mapping[str, Path]) -> dict[str, Pol
         OWN: LayerAgent.of(mine),
         FORECAST: LayerAgent.of(without_network(mine)),
     }
-    for label, name in ((SHARED, ALL), (LEFT_OUT, without(recording))):
+    for label, alone, name in (
+        (SHARED, SHARED_FORECAST, ALL), (LEFT_OUT, LEFT_OUT_FORECAST, without(recording)),
+    ):  # fmt: skip
         if name in agents:
-            found[label] = LayerAgent(str(agents[name]))
+            other = load_agent(agents[name])
+            found[label] = LayerAgent.of(other)
+            found[alone] = LayerAgent.of(without_network(other))
+            if label == LEFT_OUT:
+                found[REFITTED] = LayerAgent.of(replace(other, forecast=mine.forecast))
     return found
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from train.models.agents import BASE, Sizes
+from train.models.agents import BASE, Sizes, updates_of
 from train.models.evaluate import (
     EPISODE_SEED,
     FORECAST,
     LEFT_OUT,
+    LEFT_OUT_FORECAST,
     OWN,
+    REFITTED,
     SHARED,
+    SHARED_FORECAST,
     UNTUNED,
     Line,
 )
@@ -18,6 +21,7 @@ from train.results.fronts import Gain
 from train.results.opened import Opening, provenance
 from train.results.words import gain_of
 
+FORECASTS = FORECAST, SHARED_FORECAST, LEFT_OUT_FORECAST, REFITTED
 WITHIN = 0.01  # reward, about 1 % of throughput: as near as the all-models agent has to be
 OPENING = """\
 # One agent for many models
@@ -32,11 +36,12 @@ How to read it. Rewards are under `rand`: every episode draws another machine, b
 quality weight; +0.01 is about 1 % of throughput at equal loss. Everything is a difference to the
 *planner* that all agents bend, `balance_feedback` with the shipped constants (`{base}`),
 which were tuned on the bundled recording and see none of these. *untuned*: its default constants.
-*own forecast alone*: the own agent with the weights of its network set to zero. *left-out agent*:
-it was trained on all other recordings of the table; what the train split of its own says of
-popularity, and of which experts go together, it is told like everybody. Every agent has one
-training seed ({seed}) and {windows:,} decode windows over all its recordings; its best checkpoint
-was picked on val. All policies decode the same {episodes} {split} episodes of at most 64 windows;
+*left-out agent*: it was trained on all other recordings of the table; what the train split of its
+own says of popularity, and of which experts go together, it is told like everybody. *forecast
+alone*: an agent without its network, which leaves the planner and the fitted forecast of routing.
+Every agent has one training seed ({seed}) and {windows:,} decode windows over all its recordings,
+in which networks hardly move ({updates} updates); its best checkpoint was picked on val. All
+policies decode the same {episodes} {split} episodes of at most 64 windows;
 95 % intervals resample episodes and conversations, paired (pigeonhole bootstrap), and do not know
 how another training seed would do.
 
@@ -69,16 +74,18 @@ def page(
     trial = "" if split == "test" else f"\n**A trial on {split}, not to be quoted.**\n"
     opening = OPENING.format(
         command=command, trial=trial, base=BASE, seed=sizes.seed, windows=sizes.n_windows,
-        episodes=n_episodes, split=split,
+        episodes=n_episodes, split=split, updates=updates_of(sizes),
     )  # fmt: skip
-    parts = (_summary(lines), _table(lines), _real(lines), _provenance(noted, commit))
+    parts = (
+        _summary(lines), _table(lines), _forecasts(lines), _real(lines), _provenance(noted, commit),
+    )  # fmt: skip
     return "\n".join([opening, *(line for part in parts for line in part)]).rstrip() + "\n"
 
 
 def _summary(lines: Sequence[Line]) -> Iterator[str]:
     yield "## In short"
     yield ""
-    for label in (FORECAST, OWN, SHARED, LEFT_OUT):
+    for label in (OWN, SHARED, LEFT_OUT, *FORECASTS):
         gains = {each.recording.title: each.gains[label] for each in lines if label in each.gains}
         if gains:
             yield f"- The {label} against the planner: {_verdicts(gains)}."
@@ -108,7 +115,7 @@ def _named(before: str, titles: Sequence[str]) -> str:
 
 
 def _table(lines: Sequence[Line]) -> Iterator[str]:
-    labels = (UNTUNED, FORECAST, OWN, SHARED, LEFT_OUT)
+    labels = (UNTUNED, OWN, SHARED, LEFT_OUT)
     yield "## Reward over the planner's"
     yield ""
     heads = ["recording", "L x E, top-K", "conversations, windows", "planner", *labels]
@@ -125,6 +132,23 @@ def _table(lines: Sequence[Line]) -> Iterator[str]:
             f"{each.planner:.4f}",
             *("-" if gain is None else gain_of(gain) for gain in (*gains, each.shared)),
         ])  # fmt: skip
+    yield ""
+
+
+def _forecasts(lines: Sequence[Line]) -> Iterator[str]:
+    """What agents owe to their forecasts."""
+    found = [each for each in lines if any(label in each.gains for label in FORECASTS)]
+    yield "## What of it is the forecast"
+    yield ""
+    yield "Reward over the planner's, as above. A forecast has thirty weights, fitted to all that"
+    yield "an agent is trained on; directions and intensities come from the recording it is run on."
+    yield ""
+    yield _row(["recording", *FORECASTS])
+    yield "|" + "---|" * (len(FORECASTS) + 1)
+    for each in found:
+        gains = [each.gains.get(label) for label in FORECASTS]
+        cells = ("-" if gain is None else gain_of(gain) for gain in gains)
+        yield _row([each.recording.title, *cells])
     yield ""
 
 
