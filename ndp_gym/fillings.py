@@ -201,25 +201,13 @@ def far_seconds(table: CostTable, far_computes: bool, expected: Forecast) -> Flo
     return seconds
 
 
-def lost_at(
-    table: CostTable,
-    expected: Forecast,
-    loss: FloatArray,
-    guard: FloatArray,
-    remake: FloatArray,
-    planned: IntArray,
-) -> FloatArray:
+def lost_at(expected: Forecast, loss: FloatArray, guard: FloatArray) -> FloatArray:
     """[L, NB, E] objective lost by serving an expert at a width.
 
     Args:
-        table: has the widths.
         expected: has the experts' shares of gate energy.
         loss: [L, NB, E] lost if all gate energy of the layer is served by that copy.
         guard: [L, NB, E] lost whatever the energy.
-        remake: [NB] lost by another width than the ``planned`` [L, E].
-        planned: bits.
     """
-    lost = np.empty(loss.shape)
-    energy = np.ascontiguousarray(expected.energy)
-    _compiled()[0].losses(loss, energy, guard, remake, planned, table.bits, lost)
+    lost: FloatArray = loss * expected.energy[:, None] + guard
     return lost

@@ -213,30 +213,46 @@ def balance(
     Returns:
         The plan, and the guesses for the next one.
     """
-    still = _Task(facts, copies, budget_bytes, knobs, bool(copies.planned.any()))
-    tasks = [still, still._replace(moves=True)] if knobs.moves and facts.far_computes else [still]
-    answers = [_best(task, expected, guesses[i : i + 1]) for i, task in enumerate(tasks)]
+    window, outside_s = _window(facts, expected, copies), _outside_s(facts.table, expected)
+    still = _Task(facts, copies, budget_bytes, knobs, window, outside_s)
+    tasks = [still]
+    if knobs.moves and facts.far_computes:
+        tasks.append(still._replace(window=window._replace(moves=True)))
+    answers = [_best(task, guesses[i : i + 1]) for i, task in enumerate(tasks)]
     moves = int(np.argmin([answer.objective for answer in answers]))
-    task, best = tasks[moves], _refined(tasks[moves], expected, answers[moves])
+    task, best = tasks[moves], _refined(tasks[moves], answers[moves])
     answers[moves] = best
     plan = _plan_of(task, best if nudges is None else _nudged(task, best, nudges))
     return plan, tuple(answer.guess for answer in answers)
 
 
 class _Task(NamedTuple):
-    """What `balance` was given, less the routing.
+    """What `balance` was given, and what does not depend on prices.
 
     Attributes:
-        has_plan: this is not the first plan.
-        moves: the busiest experts of a step are copied to the GPU.
+        window: what is expected, less the price of making copies.
+        outside_s: seconds of one step outside the routed experts.
     """
 
     facts: Facts
     copies: Copies
     budget_bytes: float
     knobs: Knobs
-    has_plan: bool
-    moves: bool = False
+    window: Window
+    outside_s: float
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether this is not the first plan."""
+        return bool(self.copies.planned.any())
+
+    def priced(self, window: Window, second: float) -> Window:
+        """``window`` with the seconds of making copies; none where replicas are stored."""
+        remake_s = self.facts.requantise_s / self.facts.window
+        if not (self.has_plan and remake_s.any()):
+            return window
+        is_new = self.copies.planned[:, None, :] != self.facts.table.bits[:, None]
+        return window._replace(lost=window.lost + second * remake_s[:, None] * is_new)
 
 
 class _Answer(NamedTuple):
@@ -250,31 +266,31 @@ class _Answer(NamedTuple):
     guess: Guess
 
 
-def _best(task: _Task, expected: Forecast, guesses: Guesses) -> _Answer:
+def _best(task: _Task, guesses: Guesses) -> _Answer:
     """What the guess leads to; without one, the best of two resorts."""
     if guesses:
-        return _search(task, expected, guesses[0])
+        return _search(task, guesses[0])
     # log T is concave in T: a first and a last resort each have a valley of their own.
     answers = []
-    for start in _first_guesses(task.facts, expected, task.budget_bytes):
-        rough = _search(task, expected, start)
-        answers += [rough, _search(task, expected, rough.guess)]
+    for start in _first_guesses(task):
+        rough = _search(task, start)
+        answers += [rough, _search(task, rough.guess)]
     return min(answers, key=lambda answer: answer.objective)
 
 
-def _refined(task: _Task, expected: Forecast, answer: _Answer) -> _Answer:
+def _refined(task: _Task, answer: _Answer) -> _Answer:
     """Search on from where ``answer`` got, while that is worth it."""
     for _ in range(N_MORE):
-        again = _search(task, expected, answer.guess)
+        again = _search(task, answer.guess)
         if again.objective > answer.objective - ENOUGH:
             return min(again, answer, key=lambda a: a.objective)
         answer = again
     return answer
 
 
-def _search(task: _Task, expected: Forecast, guess: Guess) -> _Answer:
+def _search(task: _Task, guess: Guess) -> _Answer:
     """The best fillings while a second costs ``1 / guess.step_s``, and their true objective."""
-    knobs, table = task.knobs, task.facts.table
+    knobs = task.knobs
     second = knobs.price / guess.step_s
     hysteresis = knobs.hysteresis / task.facts.window * task.has_plan
     prices = Prices(
@@ -285,10 +301,10 @@ def _search(task: _Task, expected: Forecast, guess: Guess) -> _Answer:
         gpu_factor=knobs.gpu_factor,
         far_factor=knobs.far_factor,
     )
-    options = fillings(_window(task, expected, second), prices)
+    options = fillings(task.priced(task.window, second), prices)
     chosen, byte_price = within_budget(options, task.budget_bytes)
     layers_s = float(at(options.seconds, chosen).sum())
-    step_s = _outside_s(table, expected) + layers_s
+    step_s = task.outside_s + layers_s
     far_share, far_index = far_widths(options, chosen)
     rest = float(at(options.objective, chosen).sum()) - second * layers_s
     return _Answer(
@@ -309,7 +325,8 @@ def _nudged(task: _Task, answer: _Answer, nudges: Nudges) -> _Answer:
         copy_second=found.copy_second * nudges.price * nudges.hysteresis,
         far_factor=found.far_factor * nudges.far_factor,
     )
-    options = fillings(_window(task, nudges.expected, float(np.mean(found.second))), prices)
+    window = _window(task.facts, nudges.expected, task.copies, task.window.moves)
+    options = fillings(task.priced(window, float(np.mean(found.second))), prices)
     rations = at(answer.options.n_bytes, answer.chosen)
     chosen = within_rations(options, rations, task.budget_bytes)
     _, far_index = far_widths(options, chosen)
@@ -333,7 +350,7 @@ def _plan_of(task: _Task, best: _Answer) -> Plan:
         tier=np.where(is_near, np.uint8(HBM), np.uint8(FAR)),
         bitwidth=np.where(is_near, target.bits, table.bits[far_index]).astype(np.uint8),
     )
-    service = MOVING if task.moves else task.facts.service
+    service = MOVING if task.window.moves else task.facts.service
     return Plan(placement=placement, migration_order=target.value, service=service)
 
 
@@ -366,15 +383,11 @@ def hot_plan(
     return Plan(placement=placement, migration_order=values)
 
 
-def _window(task: _Task, expected: Forecast, second: float) -> Window:
-    """What is expected of the coming window; ``second`` prices making copies (0 with replicas)."""
-    facts, copies = task.facts, task.copies
-    remake = second * facts.requantise_s / facts.window * task.has_plan
-    lost = lost_at(facts.table, expected, facts.loss, facts.guard, remake, copies.planned)
+def _window(facts: Facts, expected: Forecast, copies: Copies, moves: bool = False) -> Window:
+    """What is expected of the coming window, less the price of making copies."""
+    lost = lost_at(expected, facts.loss, facts.guard)
     far_s = far_seconds(facts.table, facts.far_computes, expected)
-    return Window(
-        facts.table, facts.far_computes, expected, far_s, lost, copies.present, task.moves
-    )
+    return Window(facts.table, facts.far_computes, expected, far_s, lost, copies.present, moves)
 
 
 def _outside_s(table: CostTable, expected: Forecast) -> float:
@@ -388,14 +401,13 @@ def _outside_s(table: CostTable, expected: Forecast) -> float:
     return routed + dense + table.kv_token_s * dense_kv + table.head_s + engine
 
 
-def _first_guesses(facts: Facts, expected: Forecast, budget_bytes: float) -> tuple[Guess, Guess]:
+def _first_guesses(task: _Task) -> tuple[Guess, Guess]:
     """As if everything were far at the middle width, and as if everything were in HBM."""
-    table = facts.table
-    middle = len(table.bits) // 2
-    outside_s, sides = _outside_s(table, expected), np.ones(len(expected.load))
-    far_s = float(far_seconds(table, facts.far_computes, expected)[:, middle].copy().sum())
-    gpu_s = float(expected.active.sum() * table.gpu_weight_s[middle])
+    table, active = task.facts.table, task.window.expected.active
+    middle, sides = len(table.bits) // 2, np.ones(len(active))
+    far_s = float(task.window.far_s[:, middle].copy().sum())
+    gpu_s = float(active.sum() * table.gpu_weight_s[middle])
     gpu_s += len(sides) * float(table.gpu_launch_s[middle])
-    room = max(budget_bytes, 1.0)
-    slow, fast = outside_s + far_s + 1e-12, outside_s + gpu_s + 1e-12
+    room = max(task.budget_bytes, 1.0)
+    slow, fast = task.outside_s + far_s + 1e-12, task.outside_s + gpu_s + 1e-12
     return Guess(slow, far_s / slow / room, sides), Guess(fast, far_s / fast / room, sides)

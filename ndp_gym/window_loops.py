@@ -1,4 +1,4 @@
-"""Compiled loops of `ndp_gym.fillings`: what each expert costs outside HBM and loses at a width."""
+"""A compiled loop of `ndp_gym.fillings`: what each expert costs outside HBM."""
 
 from __future__ import annotations
 
@@ -19,17 +19,3 @@ def far_seconds(load, active, weight_s, token_s, least_tokens, fetch_s, seconds)
                 here_s = max(weight_s[b], tokens * token_s[b])
                 one_s = here_s if fetch_s[b] < 0 else fetch_s[b]
                 seconds[layer, b, e] = active[layer, e] * one_s
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def losses(loss, energy, guard, remake, planned, bits, lost):  # type: ignore[no-untyped-def]
-    """Fill ``lost`` [L, NB, E]: the expert's share of ``loss``, its ``guard``, and making copies.
-
-    ``remake`` [NB] is the price of another width of ``bits`` than the ``planned`` one.
-    """
-    n_layers, nb, n_experts = lost.shape
-    for layer in range(n_layers):
-        for b in range(nb):
-            for e in range(n_experts):
-                value = loss[layer, b, e] * energy[layer, e] + guard[layer, b, e]
-                lost[layer, b, e] = value + (remake[b] if planned[layer, e] != bits[b] else 0.0)
