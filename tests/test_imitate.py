@@ -12,7 +12,9 @@ from ndp_gym.plan import HBM
 from ndp_gym.rollout import run_policy
 from policies.agent import LayerAgent
 from policies.oracle_balance import OracleBalance
+from policies.tuned import read_tuning
 from train import ppo
+from train.forecast import fit_weights
 from train.imitate import GRID, Args, OracleLesson, imitate, missed
 from train.setting import episodes_of
 
@@ -35,7 +37,7 @@ def test_plans_are_told_apart_by_how_much_is_in_hbm_and_at_which_width() -> None
 
 def test_the_teacher_acts_first_and_labels_lie_within_the_grid() -> None:
     (task,) = episodes_of(Args(**TINY), "train", 1, 0)
-    lesson = OracleLesson(None)
+    lesson = OracleLesson()
     by_lesson = run_policy(lesson, task, seed=0).terms
     assert by_lesson == run_policy(OracleBalance(), task, seed=0).terms
     labels = np.array(lesson.labels)
@@ -46,10 +48,12 @@ def test_the_teacher_acts_first_and_labels_lie_within_the_grid() -> None:
 
 
 def test_the_agent_acts_where_there_is_one(tmp_path: Path) -> None:
-    agent = load_agent(imitate(Args(out=str(tmp_path), **TINY)))
+    agent = load_agent(imitate(Args(out=str(tmp_path), base="balance_feedback_rand", **TINY)))
+    assert agent.base == read_tuning("balance_feedback_rand")[1]["constants"]
+    np.testing.assert_array_equal(agent.forecast, fit_weights((None,), 16))
     (task,) = episodes_of(Args(**TINY), "train", 1, 0)
     plans: list[Any] = []
-    run_policy(OracleLesson(agent), task, seed=0, watch=plans.append)
+    run_policy(OracleLesson(agent, agent.base, agent.forecast), task, seed=0, watch=plans.append)
     own: list[Any] = []
     run_policy(LayerAgent(str(tmp_path / "best")), task, seed=0, watch=own.append)
     for one, other in zip(plans, own, strict=True):
@@ -58,7 +62,10 @@ def test_the_agent_acts_where_there_is_one(tmp_path: Path) -> None:
     assert (own[0].plan.placement.tier == HBM).any()
 
 
-def test_equal_seeds_teach_equal_agents_and_ppo_starts_from_one(tmp_path: Path) -> None:
+def test_equal_seeds_teach_equal_agents_and_ppo_starts_from_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.imitate.fit_weights", lambda *args: None)
     one, other = (imitate(Args(out=str(tmp_path / name), **TINY)) for name in "ab")
     assert one.read_bytes() == other.read_bytes()
     args = ppo.Args(hidden=8, n_lanes=2, n_steps=8, minibatch=64)

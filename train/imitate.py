@@ -14,8 +14,8 @@ into. The result is where ``train.ppo`` may start from:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,24 @@ from ndp_gym.agent_file import Agent, save_agent
 from ndp_gym.forecast import Forecast
 from ndp_gym.layer_agents import ACTIONS, LayerAgents
 from ndp_gym.layer_features import FEATURES
+from ndp_gym.layer_forecast import learned_of
 from ndp_gym.plan import HBM, Placement, Plan
 from ndp_gym.policy import Observation, PolicyContext
 from ndp_gym.provenance import git_commit, package_versions
 from ndp_gym.rollout import run_policy
+from ndp_gym.rules import check_numbers
 from policies.agent import LayerAgent
 from policies.balance_feedback import BalanceFeedback
 from policies.oracle_balance import OracleBalance
-from train.options import parse
+from policies.tuned import read_tuning
+from train import options
+from train.forecast import fit_weights
 from train.setting import (
     Setting,
     episodes_of,
     mean_of,
     scores_of,
+    traces_of,
     val_tasks,
     window_rewards,
 )
@@ -58,6 +63,8 @@ class Args(Setting):
 
     out: str = "runs/imitate"
     """folder for the agent"""
+    base: str | None = None
+    """tuning whose constants teacher and planner have (default: untuned)"""
     n_rounds: int = 3
     """rounds of collecting and fitting; the agent acts from the second on"""
     n_windows: int = 1_000
@@ -72,15 +79,34 @@ class Args(Setting):
     """width of the two hidden layers"""
 
 
+NUMBERS = {
+    "seed": "at least 0",
+    **dict.fromkeys(
+        ("batch_size", "window", "episode_windows", "val_episodes", "n_rounds", "n_windows",
+         "n_epochs", "minibatch", "hidden"), "at least 1"),
+    "learning_rate": "finite and > 0",
+}  # fmt: skip
+"""What the numbers of `Args` may be."""
+
+
 class OracleLesson(OracleBalance):
     """Plans like `oracle_balance` and notes, for every layer, what an agent saw and should do.
 
-    Where there is an agent, it is the one who acts.
+    Args:
+        agent: who acts; ``None``: the oracle itself.
+        base: constants of the oracle and of the planner that agents bend, as of `balance_feedback`.
+        forecast: weights [5, 6] of the agents' forecast.
     """
 
-    def __init__(self, agent: Agent | None) -> None:
+    def __init__(
+        self,
+        agent: Agent | None = None,
+        base: Mapping[str, float] | None = None,
+        forecast: FloatArray | None = None,
+    ) -> None:
         """Nothing noted."""
-        super().__init__()
+        self.base, self.weights = dict(base or {}), forecast
+        super().__init__(**{k: v for k, v in self.base.items() if k != "gain"})
         self.agent = agent
         self.features: list[NDArray[np.float32]] = []
         self.labels: list[FloatArray] = []
@@ -93,7 +119,8 @@ class OracleLesson(OracleBalance):
         self.actions[:-1, :, :2] = np.array(pairs)[:, None]
         self.layers = LayerAgents(
             context.model, context.system, context.quality, context.quality_weight, context.window,
-            n_lanes=len(self.actions), profile=context.profile,
+            n_lanes=len(self.actions), profile=context.profile, base=self.base,
+            learned=learned_of(self.weights, context.patterns()),
         )  # fmt: skip
 
     def expect(self, observation: Observation) -> Forecast:
@@ -148,13 +175,21 @@ def missed(load: FloatArray, plans: tuple[Any, Any], wanted: tuple[Any, Any]) ->
 
 
 def imitate(args: Args) -> Path:
-    """Teach and return the path of the best agent's weights."""
+    """Teach and return the path of the best agent's weights.
+
+    Raises:
+        ValueError: an option is out of range, or names what is no tuning or recording.
+        OSError: a file cannot be read or written.
+    """
     torch.set_num_threads(1)
+    check_numbers(args, NUMBERS)
     torch.manual_seed(args.seed)
+    base = read_tuning(args.base)[1]["constants"] if args.base else {}
     rng, held_out = np.random.default_rng(args.seed), val_tasks(args)
-    alone = [window_rewards(BalanceFeedback(), task) for task in held_out]
+    alone = [window_rewards(BalanceFeedback(**base), task) for task in held_out]
     print(f"planner alone on val: {mean_of(alone):.4f}")
     network = _network(args.hidden)
+    forecast = fit_weights(tuple(traces_of(args)), args.window, args.seed, args.model, args.system)
     card = {
         "training": {"by": "imitation", **{k: v for k, v in asdict(args).items() if k != "out"}},
         "trace_sha256": list(dict.fromkeys(task.trace.sha256 for task in held_out)),
@@ -164,12 +199,14 @@ def imitate(args: Args) -> Path:
     features, labels, best = [], [], -np.inf
     agent, out = None, Path(args.out)
     for number in range(1, args.n_rounds + 1):
-        lesson = OracleLesson(agent)
+        lesson = OracleLesson(agent, base, forecast)
         _give(lesson, args, int(rng.integers(2**31)))
         features += lesson.features
         labels += lesson.labels
         loss = _fit(network, np.concatenate(features), np.concatenate(labels), args, rng)
-        agent = _agent(network, card)
+        agent = Agent(
+            features=FEATURES, layers=_layers(network), base=base, forecast=forecast, card=card
+        )
         last = save_agent(agent, out / "last")
         rewards = [window_rewards(LayerAgent(str(last)), task) for task in held_out]
         scores = scores_of(rewards, alone)
@@ -177,7 +214,8 @@ def imitate(args: Args) -> Path:
         if scores["reward"] > best:
             best = scores["reward"]
             note = "the best round was chosen on val, so the score is optimistic"
-            save_agent(_agent(network, {**card, "scores": {**scores, "note": note}}), out / "best")
+            scored = replace(agent, card={**card, "scores": {**scores, "note": note}})
+            save_agent(scored, out / "best")
     print(f"best on val {best:.4f}, planner alone {mean_of(alone):.4f}: {out / 'best'}")
     return out / "best.safetensors"
 
@@ -221,14 +259,13 @@ def _fit(
     return float(np.mean(losses))
 
 
-def _agent(network: torch.nn.Sequential, card: dict[str, Any]) -> Agent:
-    layers = [
+def _layers(network: torch.nn.Sequential) -> list[tuple[Any, Any]]:
+    return [
         (m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy())
         for m in network
         if isinstance(m, torch.nn.Linear)
     ]
-    return Agent(features=FEATURES, layers=layers, card=card)
 
 
 if __name__ == "__main__":
-    imitate(parse(Args, None, "Teach layer agents what a clairvoyant planner does."))
+    options.run(Args, imitate, "Teach layer agents what a clairvoyant planner does.")

@@ -13,18 +13,40 @@ import ast
 import inspect
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
+
+from ndp_gym.cli import Parser, run_command
 
 T = TypeVar("T")
 
 ZOO_NAMES = {"n_timesteps": "n_windows", "n_envs": "n_lanes", "batch_size": "minibatch"}
 """The zoo's name -> that of our option."""
+
+
+def run(kind: type[T], main: Callable[[T], object], description: str) -> NoReturn:
+    """Parse the command line, run ``main`` on it, and end the program as ``ndp-gym`` ends.
+
+    The exit code is 0, 2 for bad input (one sentence on stderr), 130 when interrupted.
+    """
+    options = parse(kind, None, description)
+
+    def func(_: argparse.Namespace) -> int:
+        main(options)
+        return 0
+
+    sys.exit(run_command(_program(), argparse.Namespace(func=func)))
+
+
+def _program() -> str:
+    """What was started, as one types it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def parse(kind: type[T], argv: Sequence[str] | None, description: str) -> T:
@@ -34,7 +56,7 @@ def parse(kind: type[T], argv: Sequence[str] | None, description: str) -> T:
     program with one sentence where an option or the file is wrong.
     """
     argv = [_hyphened(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(prog=_program(), description=description)
     parser.add_argument("--conf-file", metavar="F", help="YAML with options; those given here win")
     hints, texts = get_type_hints(kind), _docstrings(kind)
     for field in fields(kind):  # type: ignore[arg-type]  # every caller's is a dataclass

@@ -12,6 +12,8 @@ experiments from ``train/experiments``.
 
 from __future__ import annotations
 
+import pickle
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,21 +24,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, Logger
+from tqdm import tqdm
 
 from ndp_gym.agent_file import Agent, load_agent, save_agent
 from ndp_gym.commands.evaluate import parse_budget
 from ndp_gym.layer_env import LayerVecEnv, LayerVecEnvs
 from ndp_gym.provenance import env_spec_json, git_commit, package_versions
 from ndp_gym.rollout import Task
+from ndp_gym.rules import check_numbers
 from ndp_gym.tracking import Mode, tracked_run
-from policies.agent import LayerAgent
+from policies.agent import LayerAgent, find_agent
 from policies.balance_feedback import BalanceFeedback
 from policies.tuned import read_tuning
+from train import options
 from train.forecast import fit_weights
-from train.options import parse
+from train.networks import agent_of, take_over, windows_of
 from train.setting import Setting, mean_of, scores_of, traces_of, val_tasks, weight
 from train.tracking import Scored, WandbWriter, log_result, placement_figure, scored
 
@@ -50,9 +54,9 @@ class Args(Setting):
     resume: bool = False
     """go on from the checkpoint in the folder"""
     base: str | None = None
-    """tuning whose constants the planner has that agents bend (default: untuned)"""
+    """tuning whose constants the planner has that agents bend (default: of --init, else untuned)"""
     init: str | None = None
-    """agent to start from (default: a new network)"""
+    """agent to start from, by path or shipped name (default: a new network)"""
     n_windows: int = 16_000
     """decode windows to train on, all copies together"""
     eval_every: int = 4_096
@@ -83,6 +87,17 @@ class Args(Setting):
     """wandb project"""
 
 
+NUMBERS = {
+    **dict.fromkeys(("seed", "n_windows"), "at least 0"),
+    **dict.fromkeys(
+        ("batch_size", "window", "episode_windows", "val_episodes", "eval_every", "n_lanes",
+         "n_steps", "n_epochs", "hidden"), "at least 1"),
+    "minibatch": "at least 2",  # advantages are normalised over it
+    **dict.fromkeys(("own", "gamma", "gae_lambda"), "in 0..1"),
+    "learning_rate": "finite and > 0",
+    "log_std_init": "finite",
+}  # fmt: skip
+"""What the numbers of `Args` may be."""
 NOT_IN_CARD = ("out", "resume", "wandb", "wandb_project")  # they change nothing about the agent
 
 
@@ -93,12 +108,14 @@ class ValScore(BaseCallback):
         """Score the planner alone once."""
         super().__init__()
         self.args, self.tasks, self.card = args, tasks, card
-        self.out = Path(args.out)
-        self.alone = scored(BalanceFeedback(**base_of(args)), tasks)
+        self.out, self.base = Path(args.out), base_of(args)
+        self.alone = scored(BalanceFeedback(**self.base), tasks)
         self.alone_score = mean_of(self.alone.rewards)
         self.best: Scored | None = None
         self.curve: list[list[float]] = []
         self.start, self.start_windows, self.start_s = time.monotonic(), 0, 0.0
+        # Only where stderr is a terminal.
+        self.bar = tqdm(total=args.n_windows, unit="window", disable=None, dynamic_ncols=True)
 
     @property
     def best_score(self) -> float:
@@ -122,11 +139,14 @@ class ValScore(BaseCallback):
 
     def _on_training_start(self) -> None:
         self.start = time.monotonic()
+        self.bar.reset()
+        self.bar.n = self.bar.initial = self.n_windows  # those before a checkpoint took no time
         if not self.curve:
             self.score()
         self.show_placement()
 
     def _on_step(self) -> bool:
+        self.bar.update(self.n_windows - self.bar.n)
         return True
 
     def _on_rollout_start(self) -> None:
@@ -159,11 +179,15 @@ class ValScore(BaseCallback):
         self.logger.record("val/gain", scores["gain"])
         self.logger.record("val/alone", self.alone_score)
         self.logger.dump(self.model.num_timesteps)
-        print(
-            f"{self.n_windows:7d}/{self.args.n_windows} windows  {self.seconds:4.0f} s{self.left()}"
-            f"  val {score:.4f} (best {self.best_score:.4f}, alone {self.alone_score:.4f})",
-            flush=True,
+        planner = "tuned" if self.base else "untuned planner"
+        self.bar.set_postfix_str(
+            f"val {score:.4f}, best {self.best_score:.4f}, {planner} {self.alone_score:.4f}"
         )
+        tqdm.write(
+            f"{self.n_windows:7d}/{self.args.n_windows} windows  {self.seconds:4.0f} s{self.left()}"
+            f"  val {score:.4f} (best {self.best_score:.4f}, alone {self.alone_score:.4f})"
+        )
+        sys.stdout.flush()
 
     def left(self) -> str:
         """Seconds to go as a part of the progress line; nothing where the pace is unknown."""
@@ -191,58 +215,63 @@ class ValScore(BaseCallback):
         part.replace(self.out / "checkpoint")
 
     def resume(self, model: PPO) -> None:
-        """Take up the checkpoint; tensors and numbers only, nothing is unpickled."""
-        state = torch.load(self.out / "checkpoint", weights_only=True)
-        model.set_parameters(state["parameters"])
-        model.num_timesteps = state["num_timesteps"]
-        self.curve = state["curve"]
+        """Take up the checkpoint; tensors and numbers only, nothing is unpickled.
+
+        Raises:
+            ValueError: it is damaged, or is that of another network.
+        """
+        try:
+            state = torch.load(self.out / "checkpoint", weights_only=True)
+            model.set_parameters(state["parameters"])
+            model.num_timesteps, self.curve = state["num_timesteps"], state["curve"]
+        except (
+            ValueError, RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError,
+        ) as error:  # fmt: skip
+            first = str(error).partition("\n")[0]
+            raise ValueError(f"{self.out / 'checkpoint'}: cannot be resumed: {first}") from error
         self.best = scored(LayerAgent(str(self.out / "best")), self.tasks)
         self.start_windows, self.start_s = windows_of(model, model.num_timesteps), self.curve[-1][1]
 
 
-def windows_of(model: BaseAlgorithm, steps: int) -> int:
-    """Decode windows behind ``steps`` of agents, as SB3 counts them."""
-    env: Any = model.get_env()
-    return int(steps * env.get_attr("windows_per_step", 0)[0] // env.num_envs)
-
-
-def agent_of(model: BaseAlgorithm, card: dict[str, Any]) -> Agent:
-    """The policy network of ``model`` without its critic and its noise."""
-    layers = [
-        (m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy()) for m in _linear(model)
-    ]
-    env: Any = model.get_env()
-    agents, forecast = env.get_attr("agents", 0)[0], env.get_attr("forecast", 0)[0]
-    return Agent(
-        features=agents.features, layers=layers, base=agents.base, forecast=forecast, card=card
-    )
-
-
-def take_over(model: BaseAlgorithm, agent: Agent) -> None:
-    """Start from the weights of ``agent``; critic and noise stay as they are.
+def start_of(args: Args) -> Agent | None:
+    """Whose planner and forecast a run has: the best so far if resumed, else those of ``--init``.
 
     Raises:
-        ValueError: it has other features or sizes than the network of ``model``.
+        ValueError: it is no agent.
+        OSError: it cannot be read.
     """
-    mine = agent_of(model, {})
-    shapes = [[weight.shape for weight, _ in a.layers] for a in (agent, mine)]
-    if list(agent.features.items()) != list(mine.features.items()) or shapes[0] != shapes[1]:
-        raise ValueError(f"init must have the features and sizes {shapes[1]}, got {shapes[0]}")
-    with torch.no_grad():
-        for linear, (weights, bias) in zip(_linear(model), agent.layers, strict=True):
-            linear.weight.copy_(torch.as_tensor(weights))
-            linear.bias.copy_(torch.as_tensor(bias))
-
-
-def _linear(model: BaseAlgorithm) -> list[torch.nn.Linear]:
-    policy: Any = model.policy
-    hidden = [m for m in policy.mlp_extractor.policy_net if isinstance(m, torch.nn.Linear)]
-    return [*hidden, policy.action_net]
+    if args.resume:
+        return load_agent(Path(args.out) / "best")
+    return find_agent(args.init) if args.init else None
 
 
 def base_of(args: Args) -> dict[str, float]:
-    """Constants of the planner that the agents bend; none where it is untuned."""
-    return read_tuning(args.base)[1]["constants"] if args.base else {}
+    """Constants of the planner that the agents bend; none where it is untuned.
+
+    Raises:
+        ValueError: there is an agent to start from, and it bends a planner with others.
+        OSError: a file cannot be read.
+    """
+    tuned = read_tuning(args.base)[1]["constants"] if args.base else {}
+    start = start_of(args)
+    if start is None:
+        return tuned
+    names = sorted({**tuned, **start.base})
+    differ = [name for name in names if tuned.get(name) != start.base.get(name)]
+    if args.base and differ:
+        raise ValueError(
+            f"base must have the constants of the agent that training starts from, or be left out; "
+            f"{args.base} has other {', '.join(differ)}"
+        )
+    return dict(start.base)
+
+
+def forecast_of(args: Args) -> NDArray[np.float64] | None:
+    """Weights of the agents' forecast: those of the agent to start from, else fitted."""
+    start = start_of(args)
+    if start is not None and start.forecast is not None:
+        return start.forecast
+    return fit_weights(tuple(traces_of(args)), args.window, args.seed, args.model, args.system)
 
 
 def environment_arguments(args: Args, path: str | None) -> dict[str, Any]:
@@ -266,18 +295,35 @@ def environment(args: Args, forecast: NDArray[np.float64] | None) -> LayerVecEnv
     ])  # fmt: skip
 
 
-def train(args: Args) -> Path:
-    """Train and return the path of the best agent's weights."""
-    torch.set_num_threads(1)
+def check(args: Args) -> None:
+    """Refuse what cannot be trained before anything is written.
+
+    Raises:
+        ValueError: a number is out of range, there is nothing to resume, or training would
+            overwrite an agent.
+    """
+    check_numbers(args, NUMBERS)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    start = load_agent(args.init) if args.init else None
-    fitted = (
-        fit_weights(tuple(traces_of(args)), args.window, args.seed, args.model)
-        if start is None
-        else None
-    )
-    env = environment(args, fitted if start is None else start.forecast)
+    if args.resume:
+        if not (out / "checkpoint").is_file():
+            raise ValueError(f"{out} has no checkpoint to go on from: leave --resume out")
+    elif any((out / f"best{suffix}").exists() for suffix in (".json", ".safetensors")):
+        raise ValueError(f"{out} has an agent already: --resume goes on, another --out keeps it")
+    base_of(args)
+
+
+def train(args: Args) -> Path:
+    """Train and return the path of the best agent's weights.
+
+    Raises:
+        ValueError: an option is out of range, does not fit the others, or names what is no agent,
+            tuning or recording.
+        OSError: a file cannot be read or written.
+    """
+    torch.set_num_threads(1)
+    check(args)
+    tasks, env = val_tasks(args), environment(args, forecast_of(args))
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     model = PPO(
         "MlpPolicy", env, seed=args.seed, n_steps=args.n_steps, batch_size=args.minibatch,
         n_epochs=args.n_epochs, gamma=args.gamma, gae_lambda=args.gae_lambda,
@@ -291,23 +337,42 @@ def train(args: Args) -> Path:
         "commit": git_commit(),
         "versions": dict(package_versions()),
     }
-    if start is not None:
+    start = start_of(args)
+    if start is not None and not args.resume:
         take_over(model, start)
-    scoring = ValScore(args, val_tasks(args), card)
-    if args.resume:
-        scoring.resume(model)
-        env.seed(args.seed + model.num_timesteps)  # other orders of requests than at the start
+    scoring = ValScore(args, tasks, card)
+    with scoring.bar:
+        if args.resume:
+            scoring.resume(model)
+            env.seed(args.seed + model.num_timesteps)  # other orders of requests than at the start
+        learn(args, model, scoring)
+    best = f"best on val {scoring.best_score:.4f}, planner alone {scoring.alone_score:.4f}"
+    print(f"{best}: {scoring.out / 'best'}")
+    return scoring.out / "best.safetensors"
+
+
+def learn(args: Args, model: PPO, scoring: ValScore) -> None:
+    """Train and score to the end or to Ctrl-C, and tell wandb.
+
+    Raises:
+        KeyboardInterrupt: before there was any agent to keep.
+    """
+    env: Any = model.get_env()
     specs = [env_spec_json(environment_arguments(args, path)) for path in traces_of(args)]
     with tracked_run(
-        {**card, "env_specs": specs}, output_dir=out, mode=args.wandb, project=args.wandb_project,
-        job_type="train", name=f"layer_agents__ppo__{args.seed}__{int(time.time())}",
+        {**scoring.card, "env_specs": specs}, output_dir=scoring.out, mode=args.wandb,
+        project=args.wandb_project, job_type="train",
+        name=f"layer_agents__ppo__{args.seed}__{int(time.time())}",
     ) as run:  # fmt: skip
         model.set_logger(Logger(None, [WandbWriter(run)]))
         steps = args.n_windows * env.num_envs // env.windows_per_step - model.num_timesteps
         try:
             model.learn(max(steps, 0), callback=scoring, reset_num_timesteps=False)
         except KeyboardInterrupt:
-            print(f"stopped after {scoring.n_windows} windows; go on with --resume")
+            if not scoring.curve:
+                raise
+            scoring.model = model
+            tqdm.write(f"stopped after {scoring.n_windows} windows; go on with --resume")
         scoring.model = model
         if scoring.is_due:
             scoring.score()
@@ -315,13 +380,10 @@ def train(args: Args) -> Path:
         if args.wandb != "disabled" and scoring.best is not None:
             scoring.show_placement()
             log_result(
-                run, model.num_timesteps, out / "best.safetensors", scoring.tasks, scoring.best,
-                scoring.alone, is_tuned=args.base is not None,
+                run, model.num_timesteps, scoring.out / "best.safetensors", scoring.tasks,
+                scoring.best, scoring.alone, is_tuned=bool(scoring.base),
             )  # fmt: skip
-    best = f"best on val {scoring.best_score:.4f}, planner alone {scoring.alone_score:.4f}"
-    print(f"{best}: {out / 'best'}")
-    return out / "best.safetensors"
 
 
 if __name__ == "__main__":
-    train(parse(Args, None, "Train layer agents with PPO."))
+    options.run(Args, train, "Train layer agents with PPO.")
