@@ -63,7 +63,8 @@ def patterns_of(trace: RoutingTrace, requests: NDArray[np.int64]) -> Patterns | 
         return None
     _, spread, found = np.linalg.svd(np.array(loads) - np.mean(loads, axis=0), full_matrices=False)
     variance = spread[:RANK] ** 2
-    lengths = np.sqrt(variance / (variance + variance[HALF_AT]))
+    noise = variance[min(HALF_AT, len(variance) - 1)]
+    lengths = np.sqrt(variance / np.maximum(variance + noise, np.finfo(float).tiny))
     return Patterns(
         directions=(lengths[:, None] * found[:RANK]).reshape(-1, *shape),
         intensity=((shares(energy) + _LEAST_SHARE) / (shares(total) + _LEAST_SHARE)) ** _KEPT,

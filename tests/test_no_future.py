@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from ndp_gym import patterns
 from ndp_gym.condition import KINDS, Process, Speeds
 from ndp_gym.env import NDPPlacementEnv
 from ndp_gym.lanes import Lanes
 from ndp_gym.outcome import Outcome
+from ndp_gym.patterns import train_patterns
 from ndp_gym.plan import HBM, Plan
 from ndp_gym.policy import InfeasibleError, Policy, PolicyContext, needs_future, resolve
 from ndp_gym.rollout import train_profile
@@ -22,6 +24,12 @@ TRACE = make_trace(n_conversations=60)
 ORDER = TRACE.split_requests("test")
 B, W, BUDGET = 3, 3, 12_000  # four of eight experts at 4 bit
 SEES_NOTHING_AHEAD = [name for name in POLICIES if not needs_future(resolve(name))]
+
+
+@pytest.fixture(autouse=True)
+def small_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patterns of requests as short as these, so that agents forecast with what was fitted."""
+    monkeypatch.setattr(patterns, "CHUNK", 4)
 
 
 class Seen(NamedTuple):
@@ -61,6 +69,7 @@ def run(
             menu=tuple((tier, bits) for tier in (0, 1) for bits in SYSTEM.stored_bits),
             rng=np.random.default_rng(5),
             profile=train_profile(trace),
+            patterns=lambda: train_patterns(trace),
         )
     )
     observations, plans, rows = [], [], {}
@@ -260,6 +269,13 @@ def _assert_equal(one: Any, other: Any) -> None:
             _assert_equal(a, b)
     else:
         np.testing.assert_array_equal(one, other)
+
+
+def test_the_fitted_forecast_is_exercised() -> None:
+    found = train_patterns(TRACE)
+    assert found is not None
+    agent: Any = resolve("agent")()
+    assert agent.agent.forecast is not None
 
 
 def test_placement_is_exercised() -> None:
