@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -65,13 +66,14 @@ def _cost(recordings: Sequence[Recording]) -> float:
 def train_agent(
     name: str, recordings: Sequence[Recording], out: Path, sizes: Sizes
 ) -> tuple[Path, float]:
-    """Train one agent into ``out / name`` -> its file, seconds. What PPO says goes to a log there.
+    """Train one agent anew into ``out / name`` -> its file, seconds. PPO's words go to a log there.
 
     Raises:
         ValueError: a path has a comma, which separates recordings.
     """
     folder, start = out / name, time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     n, paths = len(recordings), [str(each.path) for each in recordings]
     if any("," in path for path in paths):
         raise ValueError(f"paths of recordings must have no comma, got {paths}")
