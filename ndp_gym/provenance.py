@@ -50,10 +50,13 @@ def _git(file: Path, *args: str) -> str | None:
 
 
 @cache
-def package_versions() -> Mapping[str, str]:
-    """Versions of Python, ndp-gym and what its numbers depend on; nothing is imported for it."""
+def package_versions(*more: str) -> Mapping[str, str]:
+    """Versions of Python, ndp-gym and what its numbers depend on; nothing is imported for it.
+
+    ``more`` are other distributions that a result depends on.
+    """
     found = {"python": platform.python_version(), "ndp-gym": ndp_gym.__version__}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

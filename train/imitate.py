@@ -194,7 +194,7 @@ def imitate(args: Args) -> Path:
         "training": {"by": "imitation", **{k: v for k, v in asdict(args).items() if k != "out"}},
         "trace_sha256": list(dict.fromkeys(task.trace.sha256 for task in held_out)),
         "commit": git_commit(),
-        "versions": dict(package_versions()),
+        "versions": dict(package_versions("torch")),
     }
     features, labels, best = [], [], -np.inf
     agent, out = None, Path(args.out)

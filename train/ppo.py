@@ -335,7 +335,7 @@ def train(args: Args) -> Path:
         "training": {k: v for k, v in asdict(args).items() if k not in NOT_IN_CARD},
         "trace_sha256": [group.lanes.trace.sha256 for group in env.groups],
         "commit": git_commit(),
-        "versions": dict(package_versions()),
+        "versions": dict(package_versions("torch", "stable-baselines3")),
     }
     start = start_of(args)
     if start is not None and not args.resume:
