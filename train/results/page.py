@@ -61,7 +61,7 @@ rank rows that are close.
 Machines that drift are no obstacle: every window is bounded for the machine and the HBM that it ran
 on.
 
-*forecast alone* is the agents' files without their networks (`agent:path=rand_0,network=false`):
+*forecast alone* is the agents' files without their networks (`agent:path=rand_0,network=False`):
 what is left is the planner they bend and their fitted forecast of routing. Every agent bends the
 tuned `balance_feedback`; the windows that agents and tunings had stand in `train/experiments` and
 `train/reproduce.sh`.
