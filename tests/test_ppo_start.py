@@ -1,8 +1,10 @@
 """How training starts: from an agent and its planner, never over another, never in a traceback."""
 
 import io
+import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from policies.agent import LayerAgent, find_agent
 from policies.tuned import read_tuning
 from train import options
 from train.ppo import Args, ValScore, train
+from train.resume import with_saved
 from train.setting import val_tasks, window_rewards
 
 TINY: dict[str, Any] = {
@@ -45,7 +48,7 @@ def test_a_run_starts_as_the_agent_that_it_starts_from(tmp_path: Path, fits: lis
     rewards = [window_rewards(LayerAgent("rand_0"), task).mean() for task in val_tasks(args)]
     assert [reward for _, _, reward in found.card["curve"]] == [pytest.approx(np.mean(rewards))]
 
-    again = replace(args, init=None, resume=True, n_windows=16)  # its planner is known by itself
+    again = replace(args, resume=True, n_windows=16)
     assert load_agent(train(again)).base == shipped.base
     assert fits == []
 
@@ -80,11 +83,42 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, fits: list[An
     with pytest.raises(ValueError, match="no checkpoint to go on from"):
         train(Args(out=str(tmp_path), resume=True, **TINY))
     train(Args(out=str(tmp_path), hidden=8, **TINY))
-    with pytest.raises(ValueError, match="checkpoint: cannot be resumed"):
-        train(Args(out=str(tmp_path), hidden=16, resume=True, **TINY))
     (tmp_path / "checkpoint").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="checkpoint: cannot be resumed"):
         train(Args(out=str(tmp_path), hidden=8, resume=True, **TINY))
+
+
+def started(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int | str | None:
+    """Exit code of the command."""
+    monkeypatch.setattr(sys, "argv", ["ppo", *map(str, argv)])
+    with pytest.raises(SystemExit) as ended:
+        options.run(Args, train, "", partial(with_saved, Args))
+    return ended.value.code
+
+
+def test_a_run_goes_on_as_the_experiment_it_was(
+    tmp_path: Path, fits: list[Any], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    base = tmp_path / "mine.json"
+    base.write_text(json.dumps({"spec": "balance_feedback:price=2.0"}))
+    run = tmp_path / "run"
+    train(Args(out=str(run), base=str(base), own=0.5, hidden=8, **{**TINY, "n_windows": 16}))
+    base.unlink()
+    more = ("--out", run, "--resume", "--wandb", "disabled")
+    assert started(monkeypatch, *more, "--n-windows", 32) == 0
+    best, last = load_agent(run / "best"), load_agent(run / "last").card["training"]
+    assert best.base == {"price": 2.0}
+    assert [windows for windows, _, _ in best.card["curve"]] == [0, 16, 32]
+    assert (last["conditions"], last["own"], last["n_windows"]) == ("rand", 0.5, 32)
+    capsys.readouterr()
+    assert started(monkeypatch, *more, "--conditions", "fix", "--own", 0) == 2
+    said = f"{run} was trained with conditions=rand, own=0.5, got fix, 0.0\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert started(monkeypatch, *more) == 0
+    said = "32 windows are done, nothing is left: a larger --n-windows goes on"
+    assert said in capsys.readouterr().out
+    assert load_agent(run / "best").card["curve"] == best.card["curve"]
 
 
 @pytest.mark.parametrize(
@@ -120,10 +154,7 @@ def test_bad_input_ends_in_one_sentence(
     tmp_path: Path, option: str, message: str, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch, fits: list[Any],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["ppo", "--out", str(tmp_path / "a"), option])
-    with pytest.raises(SystemExit) as stopped:
-        options.run(Args, train, "")
-    assert stopped.value.code == 2
+    assert started(monkeypatch, "--out", tmp_path / "a", option) == 2
     said = capsys.readouterr().err.rstrip("\n")
     assert message in said
     assert "\n" not in said
@@ -138,10 +169,7 @@ def test_ctrl_c_before_the_first_score_ends_quietly(
 
     monkeypatch.setattr(ValScore, "score", interrupted)
     argv = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
-    monkeypatch.setattr(sys, "argv", ["ppo", f"--out={tmp_path}", *argv])
-    with pytest.raises(SystemExit) as stopped:
-        options.run(Args, train, "")
-    assert stopped.value.code == 130
+    assert started(monkeypatch, f"--out={tmp_path}", *argv) == 130
     assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "best.json").exists()
 

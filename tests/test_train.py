@@ -193,6 +193,16 @@ def test_options_are_the_fields_of_the_arguments() -> None:
     assert args == Args(n_windows=10, gamma=0.3, resume=True, trace="x")
 
 
+def test_help_shows_what_is_left_out_means(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Args, ["--help"], "")
+    shown = " ".join(capsys.readouterr().out.split())
+    for default in ("is drawn (default: 0)", "everybody's (default: 0.0)", "(default: 0.0003)"):
+        assert default in shown
+    assert "False" not in shown
+    assert "SUPPRESS" not in shown
+
+
 def test_the_shipped_agent_scores_on_val_what_its_card_says() -> None:
     card = LayerAgent().agent.card
     known = {f.name for f in fields(Setting)}

@@ -13,7 +13,7 @@ import ast
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -29,12 +29,21 @@ ZOO_NAMES = {"n_timesteps": "n_windows", "n_envs": "n_lanes", "batch_size": "min
 """The zoo's name -> that of our option."""
 
 
-def run(kind: type[T], main: Callable[[T], object], description: str) -> NoReturn:
+Completion = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""Options that were named -> those, and others that follow from them."""
+
+
+def run(
+    kind: type[T],
+    main: Callable[[T], object],
+    description: str,
+    completed: Completion = dict,
+) -> NoReturn:
     """Parse the command line, run ``main`` on it, and end the program as ``ndp-gym`` ends.
 
     The exit code is 0, 2 for bad input (one sentence on stderr), 130 when interrupted.
     """
-    options = parse(kind, None, description)
+    options = parse(kind, None, description, completed)
 
     def func(_: argparse.Namespace) -> int:
         main(options)
@@ -49,26 +58,27 @@ def _program() -> str:
     return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
-def parse(kind: type[T], argv: Sequence[str] | None, description: str) -> T:
+def parse(
+    kind: type[T], argv: Sequence[str] | None, description: str, completed: Completion = dict
+) -> T:
     """The options ``kind`` that the command line gives; help texts are the docstrings of fields.
 
     Words of a name may be joined by hyphens or, as sweeps have them, by underscores. Ends the
     program with one sentence where an option or the file is wrong.
     """
     argv = [_hyphened(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    parser = Parser(prog=_program(), description=description)
+    parser = Parser(prog=_program(), description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--conf-file", metavar="F", help="YAML with options; those given here win")
     hints, texts = get_type_hints(kind), _docstrings(kind)
     for field in fields(kind):  # type: ignore[arg-type]  # every caller's is a dataclass
         _add_option(parser, field, hints[field.name], texts[field.name])
-    path = parser.parse_known_args(argv)[0].conf_file
+    given = vars(parser.parse_args(argv))
+    path = given.pop("conf_file", None)
     try:
-        parser.set_defaults(**({} if path is None else from_file(Path(path), hints)))
+        in_file = {} if path is None else from_file(Path(path), hints)
+        return kind(**completed({**in_file, **given}))
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    given = vars(parser.parse_args(argv))
-    del given["conf_file"]
-    return kind(**given)
 
 
 def _hyphened(argument: str) -> str:
@@ -145,16 +155,17 @@ def _of_type(name: str, hint: Any, value: Any) -> Any:
 def _add_option(parser: argparse.ArgumentParser, field: Field[Any], hint: Any, text: str) -> None:
     assert field.default is not MISSING
     name = "--" + field.name.replace("_", "-")
-    shown = text if field.default in (None, False) else f"{text} (default: {field.default})"
+    is_plain = field.default is None or field.default is False
+    shown = text if is_plain else f"{text} (default: {field.default})"
     shown = shown.replace("%", "%%")
     words = [a for a in get_args(hint) if isinstance(a, str)]
     if hint is bool:
-        parser.add_argument(name, action=argparse.BooleanOptionalAction, default=False, help=shown)
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, help=shown)
     elif words:
-        parser.add_argument(name, default=field.default, choices=words, help=shown)
+        parser.add_argument(name, choices=words, help=shown)
     else:
         kind = hint if hint in (int, float) else str
-        parser.add_argument(name, type=kind, default=field.default, metavar="X", help=shown)
+        parser.add_argument(name, type=kind, metavar="X", help=shown)
 
 
 def _docstrings(kind: type) -> dict[str, str]:

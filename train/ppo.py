@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from policies.tuned import read_tuning
 from train import options
 from train.forecast import fit_weights
 from train.networks import agent_of, take_over, windows_of
+from train.resume import NOT_IN_CARD, check_same, with_saved
 from train.setting import Setting, mean_of, scores_of, traces_of, val_tasks, weight
 from train.tracking import Scored, WandbWriter, log_result, placement_figure, scored
 
@@ -52,7 +54,7 @@ class Args(Setting):
     out: str = "runs/ppo"
     """folder for agents, checkpoint and wandb files"""
     resume: bool = False
-    """go on from the checkpoint in the folder"""
+    """go on from the checkpoint in the folder, with the options of its run"""
     base: str | None = None
     """tuning whose constants the planner has that agents bend (default: of --init, else untuned)"""
     init: str | None = None
@@ -98,7 +100,6 @@ NUMBERS = {
     "log_std_init": "finite",
 }  # fmt: skip
 """What the numbers of `Args` may be."""
-NOT_IN_CARD = ("out", "resume", "wandb", "wandb_project")  # they change nothing about the agent
 
 
 class ValScore(BaseCallback):
@@ -252,13 +253,15 @@ def base_of(args: Args) -> dict[str, float]:
         ValueError: there is an agent to start from, and it bends a planner with others.
         OSError: a file cannot be read.
     """
-    tuned = read_tuning(args.base)[1]["constants"] if args.base else {}
     start = start_of(args)
+    if start is not None and (args.resume or not args.base):
+        return dict(start.base)
+    tuned = read_tuning(args.base)[1]["constants"] if args.base else {}
     if start is None:
         return tuned
     names = sorted({**tuned, **start.base})
     differ = [name for name in names if tuned.get(name) != start.base.get(name)]
-    if args.base and differ:
+    if differ:
         raise ValueError(
             f"base must have the constants of the agent that training starts from, or be left out; "
             f"{args.base} has other {', '.join(differ)}"
@@ -299,14 +302,13 @@ def check(args: Args) -> None:
     """Refuse what cannot be trained before anything is written.
 
     Raises:
-        ValueError: a number is out of range, there is nothing to resume, or training would
-            overwrite an agent.
+        ValueError: a number is out of range, there is nothing to resume, that is another
+            experiment, or training would overwrite an agent.
     """
     check_numbers(args, NUMBERS)
     out = Path(args.out)
     if args.resume:
-        if not (out / "checkpoint").is_file():
-            raise ValueError(f"{out} has no checkpoint to go on from: leave --resume out")
+        check_same(args)
     elif any((out / f"best{suffix}").exists() for suffix in (".json", ".safetensors")):
         raise ValueError(f"{out} has an agent already: --resume goes on, another --out keeps it")
     base_of(args)
@@ -345,7 +347,10 @@ def train(args: Args) -> Path:
         if args.resume:
             scoring.resume(model)
             env.seed(args.seed + model.num_timesteps)  # other orders of requests than at the start
-        learn(args, model, scoring)
+        if args.resume and (done := scoring.start_windows) >= args.n_windows:
+            tqdm.write(f"{done} windows are done, nothing is left: a larger --n-windows goes on")
+        else:
+            learn(args, model, scoring)
     best = f"best on val {scoring.best_score:.4f}, planner alone {scoring.alone_score:.4f}"
     print(f"{best}: {scoring.out / 'best'}")
     return scoring.out / "best.safetensors"
@@ -386,4 +391,4 @@ def learn(args: Args, model: PPO, scoring: ValScore) -> None:
 
 
 if __name__ == "__main__":
-    options.run(Args, train, "Train layer agents with PPO.")
+    options.run(Args, train, "Train layer agents with PPO.", partial(with_saved, Args))
