@@ -63,6 +63,10 @@ def run_command(program: str, args: argparse.Namespace) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except SystemError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Ctrl-C within compiled code
+            return EXIT_INTERRUPTED
+        raise
     except BrokenPipeError:  # the reader (head, less) has left: nothing more to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

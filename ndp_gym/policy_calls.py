@@ -99,7 +99,8 @@ def _check_widths(name: str, policy: Policy, system: SystemSpec) -> None:
 def _named(name: str, what: str) -> Iterator[None]:
     """Turn errors into a `PolicyError` that names the policy.
 
-    A `ValueError` or `OSError` speaks for itself; others also show their type and place.
+    A `ValueError` or `OSError` speaks for itself; others also show their type and place. Ctrl-C
+    within compiled code, which makes a `SystemError` of it, is Ctrl-C.
     """
     try:
         yield
@@ -108,6 +109,8 @@ def _named(name: str, what: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         raise PolicyError(f"policy {name!r}: {error}") from error
     except Exception as error:
+        if isinstance(error, SystemError) and isinstance(error.__cause__, KeyboardInterrupt):
+            raise error.__cause__ from None
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise PolicyError(
             f"policy {name!r}: {what} raised {type(error).__name__}: {error} "

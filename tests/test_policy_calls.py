@@ -118,3 +118,29 @@ def test_a_plan_that_does_not_fit_names_its_policy(tmp_path: Path) -> None:
     )
     with pytest.raises(PolicyError, match=r"wide\.py:Wide': bitwidth must be one of stored_bits"):
         evaluate(f"{path}:Wide", make_trace(), MODEL, SYSTEM)
+
+
+COMPILED = """
+class Slow:
+    def reset(self, context):
+        pass
+
+    def __call__(self, observation):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:  # as CPython does where numba's dispatcher is stopped
+            raise SystemError("CPUDispatcher returned a result with an exception set") from error
+"""
+
+
+def test_ctrl_c_in_compiled_code_is_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "slow.py"
+    path.write_text(COMPILED)
+    assert cli.main(["evaluate", "--policies", f"{path}:Slow", "--max-windows", "1"]) == 130
+    assert "Error" not in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # elsewhere than in a policy
+        patch.setattr("ndp_gym.policy_calls.make", lambda *_: exec(COMPILED + "Slow()(0)", {}))
+        assert cli.main(["evaluate", "--policies", "ema", "--max-windows", "1"]) == 130
+    assert "Error" not in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -117,16 +118,24 @@ def test_a_run_resumes_and_never_loses_its_best(tmp_path: Path) -> None:
     assert last["training"]["n_windows"] == 256
 
 
-def test_ctrl_c_leaves_a_valid_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(self: ValScore) -> bool:
-        if self.n_windows >= 64:
-            raise KeyboardInterrupt
-        return True
+def test_ctrl_c_leaves_a_valid_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = ValScore._on_step
 
-    monkeypatch.setattr(ValScore, "_on_step", interrupt)
+    def interrupted(self: ValScore) -> bool:
+        if self.n_windows == 64:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(ValScore, "_on_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
     path = train(Args(out=str(tmp_path), **{**TINY, "n_windows": 10_000}))
     assert isinstance(LayerAgent(str(path)), LayerAgent)
     assert (tmp_path / "checkpoint").is_file()
+    assert [windows for windows, _, _ in load_agent(path).card["curve"]] == [0, 64]
+    assert "stopped after 64 windows; go on with --resume" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_training_is_tracked_offline(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 """Tuning starts at the defaults, keeps to its budget, finds optima; its file is a policy."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from train import tune as tuning
 from train.options import parse
 from train.tune import RANGES, Args, Range, tune
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY: dict[str, Any] = {
     "policy": "ema", "n_windows": 32, "n_tunings": 2, "population": 4, "train_windows": 8,
     "episode_windows": 4,
@@ -90,20 +95,57 @@ def test_the_search_finds_an_optimum(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["scores"]["gain"] > 0
 
 
-def test_ctrl_c_keeps_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("n_calls", "seeds"), [(4, []), (7, [0]), (14, [0, 1])])
+def test_ctrl_c_keeps_what_was_found_and_starts_nothing_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_calls: int, seeds: list[int]
+) -> None:
     calls = []
-    run = tuning.rewards_of
 
     def interrupted(spec: str, tasks: list[Task]) -> list[np.ndarray]:
         calls.append(spec)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return run(spec, tasks)
+        if len(calls) == n_calls:
+            os.kill(os.getpid(), signal.SIGINT)
+        return [np.full(8, len(calls) * 1.0)]
 
     monkeypatch.setattr(tuning, "rewards_of", interrupted)
-    found = json.loads(tune(Args(out=str(tmp_path), **TINY)).read_text())
-    assert len(found["tunings"]) == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["ema_fix.json"]
+    # val, then 4 constants per generation and 2 generations per tuning, each scored on val
+    args = Args(out=str(tmp_path), **{**TINY, "n_windows": 64, "n_tunings": 3})
+    before = signal.getsignal(signal.SIGINT)
+    if not seeds:  # the first generation is not done
+        with pytest.raises(KeyboardInterrupt):
+            tune(args)
+        assert not list(tmp_path.iterdir())
+    else:
+        found = json.loads(tune(args).read_text())["tunings"]
+        assert [(one["seed"], len(one["train"])) for one in found] == [
+            (seed, 1 if seed == seeds[-1] else 2) for seed in seeds
+        ]
+        assert [p.name for p in tmp_path.iterdir()] == ["ema_fix.json"]
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_stops_every_process_and_keeps_what_they_found(tmp_path: Path) -> None:
+    options = {**TINY, "n_windows": 10**6, "n_tunings": 4, "jobs": 2}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "train.tune", f"--out={tmp_path}",
+         *(f"--{name}={value}" for name, value in options.items())],
+        cwd=ROOT, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert running.stdout is not None
+    seen: set[str] = set()
+    while len(seen) < 2:
+        line = running.stdout.readline()
+        assert line, "it ended by itself"
+        seen |= {line.partition(":")[0]} if line.startswith("seed ") else set()
+    os.killpg(running.pid, signal.SIGINT)
+    said, errors = running.communicate(timeout=60)
+    assert running.returncode == 0
+    assert errors.strip() == "stopping; Ctrl-C once more ends at once"
+    found = json.loads((tmp_path / "ema_fix.json").read_text())["tunings"]
+    assert {f"seed {one['seed']}" for one in found} == seen
+    assert all(one["train"] for one in found)
+    assert "wrote" in said
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from policies.balance_feedback import BalanceFeedback
 from policies.tuned import read_tuning
 from train import options
 from train.forecast import fit_weights
+from train.interrupts import is_stopping, noted
 from train.networks import agent_of, take_over, windows_of
 from train.resume import NOT_IN_CARD, check_same, with_saved
 from train.setting import Setting, mean_of, scores_of, traces_of, val_tasks, weight
@@ -148,7 +149,7 @@ class ValScore(BaseCallback):
 
     def _on_step(self) -> bool:
         self.bar.update(self.n_windows - self.bar.n)
-        return True
+        return not is_stopping()
 
     def _on_rollout_start(self) -> None:
         if self.n_windows - self.curve[-1][0] >= self.args.eval_every:
@@ -357,28 +358,20 @@ def train(args: Args) -> Path:
 
 
 def learn(args: Args, model: PPO, scoring: ValScore) -> None:
-    """Train and score to the end or to Ctrl-C, and tell wandb.
-
-    Raises:
-        KeyboardInterrupt: before there was any agent to keep.
-    """
+    """Train and score to the end or to Ctrl-C, and tell wandb."""
     env: Any = model.get_env()
     specs = [env_spec_json(environment_arguments(args, path)) for path in traces_of(args)]
     with tracked_run(
         {**scoring.card, "env_specs": specs}, output_dir=scoring.out, mode=args.wandb,
         project=args.wandb_project, job_type="train",
         name=f"layer_agents__ppo__{args.seed}__{int(time.time())}",
-    ) as run:  # fmt: skip
+    ) as run, noted():  # fmt: skip
         model.set_logger(Logger(None, [WandbWriter(run)]))
         steps = args.n_windows * env.num_envs // env.windows_per_step - model.num_timesteps
-        try:
-            model.learn(max(steps, 0), callback=scoring, reset_num_timesteps=False)
-        except KeyboardInterrupt:
-            if not scoring.curve:
-                raise
-            scoring.model = model
-            tqdm.write(f"stopped after {scoring.n_windows} windows; go on with --resume")
+        model.learn(max(steps, 0), callback=scoring, reset_num_timesteps=False)
         scoring.model = model
+        if is_stopping():
+            tqdm.write(f"stopped after {scoring.n_windows} windows; go on with --resume")
         if scoring.is_due:
             scoring.score()
         run.summary.update({"val/best": scoring.best_score, "val/alone": scoring.alone_score})

@@ -12,12 +12,10 @@ agent of ``train.ppo``. The test split is never opened here.
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,7 +27,8 @@ from ndp_gym.inputs import check_integer
 from ndp_gym.policy import resolve
 from ndp_gym.provenance import git_commit, package_versions
 from ndp_gym.rollout import Task
-from train.options import parse
+from train import options
+from train.interrupts import held_back, is_stopping, note_in_worker, noted
 from train.setting import Setting, episodes_of, mean_of, scores_of, val_tasks, window_rewards
 
 FloatArray = NDArray[np.float64]
@@ -118,9 +117,8 @@ class Tuning:
     mean: FloatArray
     spread: FloatArray
     n_windows: int = 0
-    is_stopped: bool = False
     train: list[float] = field(default_factory=list)
-    """score of the distribution's mean on each generation's episodes"""
+    """score of the distribution's mean on each generation's episodes; none before the first"""
 
 
 def tune(args: Args) -> Path:
@@ -129,6 +127,7 @@ def tune(args: Args) -> Path:
     Raises:
         ValueError: a number is out of range, or recording, machine and conditions do not agree.
         OSError: a file cannot be read or written.
+        KeyboardInterrupt: Ctrl-C came before anything was found.
     """
     for name in ("n_windows", "n_tunings", "train_windows", "episode_windows", "jobs"):
         check_integer(name, getattr(args, name), least=1)
@@ -138,33 +137,36 @@ def tune(args: Args) -> Path:
     default = Scored.of(args.policy, held_out)
     print(f"{args.policy} on val: {default.reward:.4f}")
     path = Path(args.out) / f"{args.policy}_{args.conditions}.json"
-    for tuning in searches(args):
-        scored = Scored.of(spec_of(args.policy, ranges, tuning.mean), held_out)
-        print(f"tuning {tuning.seed} on val: {scored.reward:.4f}, untuned {default.reward:.4f}")
-        tunings.append((tuning, scored))
-        _write(path, args, held_out, default, tunings)
-        if tuning.is_stopped:
-            break
+    with noted():
+        for tuning in searches(args):
+            scored = Scored.of(spec_of(args.policy, ranges, tuning.mean), held_out)
+            print(f"tuning {tuning.seed} on val: {scored.reward:.4f}, untuned {default.reward:.4f}")
+            tunings.append((tuning, scored))
+            _write(path, args, held_out, default, tunings)
+    if not tunings:
+        raise KeyboardInterrupt
     print(f"wrote {path}")
     return path
 
 
 def searches(args: Args) -> Iterator[Tuning]:
-    """Every tuning, when it is done or was stopped by Ctrl-C."""
+    """Every tuning that is done, or that Ctrl-C stopped after it found anything."""
     seeds = range(args.seed, args.seed + args.n_tunings)
     if args.jobs == 1:
-        yield from (search(args, seed) for seed in seeds)
+        found = (search(args, seed) for seed in seeds if not is_stopping())
+        yield from (tuning for tuning in found if tuning.train)
         return
-    # Ctrl-C reaches all processes: those that search stop, this one waits for what they found.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(
-        args.jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.default_int_handler)
-    )
+    pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), note_in_worker)
     try:
-        yield from pool.map(search, repeat(args), seeds)
+        with held_back():  # workers start here, and note Ctrl-C when they are ready
+            running = [pool.submit(search, args, seed) for seed in seeds]
+        for future in running:
+            if is_stopping():  # workers may not know, where a signal came to this process alone
+                pool.shutdown(wait=False, cancel_futures=True)
+            if not future.cancelled() and (tuning := future.result()).train:
+                yield tuning
     finally:
         pool.shutdown(cancel_futures=True)
-        signal.signal(signal.SIGINT, before)
 
 
 class Scored(NamedTuple):
@@ -189,16 +191,14 @@ def search(args: Args, seed: int) -> Tuning:
     ranges = RANGES[args.policy]
     mean = np.array([r.start_place for r in ranges.values()])
     tuning = Tuning(seed=seed, mean=mean, spread=np.full(len(mean), _FIRST_SPREAD))
-    try:
-        _spend(tuning, args, ranges)
-    except KeyboardInterrupt:
-        tuning.is_stopped = True
-        print(f"stopped after {tuning.n_windows} windows")
+    _spend(tuning, args, ranges)
+    if is_stopping():
+        print(f"seed {seed}: stopped after {tuning.n_windows} windows", flush=True)
     return tuning
 
 
 def _spend(tuning: Tuning, args: Args, ranges: dict[str, Range]) -> None:
-    """Move the distribution, generation by generation."""
+    """Move the distribution, generation by generation; Ctrl-C drops the present one."""
     rng = np.random.default_rng(tuning.seed)
     n_episodes, start = max(1, args.train_windows // args.episode_windows), time.monotonic()
     per_generation = 0
@@ -209,6 +209,8 @@ def _spend(tuning: Tuning, args: Args, ranges: dict[str, Range]) -> None:
         places[0] = tuning.mean
         scores = np.empty(len(places))
         for i, place in enumerate(places):
+            if is_stopping():
+                return
             rewards = rewards_of(spec_of(args.policy, ranges, place), episodes)
             scores[i] = mean_of(rewards)
             tuning.n_windows += sum(map(len, rewards))
@@ -286,4 +288,4 @@ def _constants(ranges: dict[str, Range], places: FloatArray) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tune(parse(Args, None, "Tune the constants of a heuristic on train, and choose on val."))
+    options.run(Args, tune, "Tune the constants of a heuristic on train, and choose on val.")
