@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,19 @@ def test_ctrl_c_before_the_first_score_ends_quietly(
     assert started(monkeypatch, f"--out={tmp_path}", *argv) == 130
     assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "best.json").exists()
+
+
+@pytest.mark.parametrize("script", ["ppo", "imitate", "tune"])
+def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(
+    tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module(f"train.{script}")
+    monkeypatch.setattr(module, "val_tasks", lambda *_: pytest.fail("it began"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file"):
+        getattr(module, {"ppo": "train"}.get(script, script))(
+            module.Args(out=str(tmp_path / "file" / "run"))
+        )
 
 
 class Terminal(io.StringIO):

@@ -2,10 +2,10 @@
 
 `oracle_balance` plans on the true counts of the coming window. Which experts it picks looks
 arbitrary where both devices cost the same, so an agent does not learn its placements but, layer by
-layer, *how much* it puts in HBM and at how many bits (``learning.md`` section 5): of a grid of
-actions, those count whose plan has the same share of tokens in HBM and the same mean width. In the
-first round the planner acts, afterwards the agent does, so that it learns in the states it gets
-into. The result is where ``train.ppo`` may start from:
+layer, *how much* it puts in HBM and at how many bits: of a grid of actions, those count whose
+plan has the same share of tokens in HBM and the same mean width. In the first round the planner
+acts, afterwards the agent does, so that it learns in the states it gets into. The result is where
+``train.ppo`` may start from:
 
     python -m train.imitate --out runs/imitate
     python -m train.ppo --init runs/imitate/best --learning-rate 3e-4
@@ -31,6 +31,7 @@ from ndp_gym.layer_forecast import learned_of
 from ndp_gym.plan import HBM, Placement, Plan
 from ndp_gym.policy import Observation, PolicyContext
 from ndp_gym.provenance import git_commit, package_versions
+from ndp_gym.report import check_writable
 from ndp_gym.rollout import run_policy
 from ndp_gym.rules import check_numbers
 from policies.agent import LayerAgent
@@ -183,6 +184,7 @@ def imitate(args: Args) -> Path:
     """
     torch.set_num_threads(1)
     check_numbers(args, NUMBERS)
+    check_writable(Path(args.out) / "best.json")
     torch.manual_seed(args.seed)
     base = read_tuning(args.base)[1]["constants"] if args.base else {}
     rng, held_out = np.random.default_rng(args.seed), val_tasks(args)

@@ -33,6 +33,7 @@ from ndp_gym.agent_file import Agent, load_agent, save_agent
 from ndp_gym.commands.evaluate import parse_budget
 from ndp_gym.layer_env import LayerVecEnv, LayerVecEnvs
 from ndp_gym.provenance import env_spec_json, git_commit, package_versions
+from ndp_gym.report import check_writable
 from ndp_gym.rollout import Task
 from ndp_gym.rules import check_numbers
 from ndp_gym.tracking import Mode, tracked_run
@@ -305,9 +306,11 @@ def check(args: Args) -> None:
     Raises:
         ValueError: a number is out of range, there is nothing to resume, that is another
             experiment, or training would overwrite an agent.
+        OSError: the folder cannot be written, or a file not be read.
     """
     check_numbers(args, NUMBERS)
     out = Path(args.out)
+    check_writable(out / "best.json")
     if args.resume:
         check_same(args)
     elif any((out / f"best{suffix}").exists() for suffix in (".json", ".safetensors")):

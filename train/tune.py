@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from ndp_gym.inputs import check_integer
 from ndp_gym.policy import resolve
 from ndp_gym.provenance import git_commit, package_versions
+from ndp_gym.report import check_writable
 from ndp_gym.rollout import Task
 from train import options
 from train.interrupts import held_back, is_stopping, note_in_worker, noted
@@ -132,11 +133,12 @@ def tune(args: Args) -> Path:
     for name in ("n_windows", "n_tunings", "train_windows", "episode_windows", "jobs"):
         check_integer(name, getattr(args, name), least=1)
     check_integer("population", args.population, least=2)
+    path = Path(args.out) / f"{args.policy}_{args.conditions}.json"
+    check_writable(path)
     ranges = RANGES[args.policy]
     held_out, tunings = val_tasks(args), []
     default = Scored.of(args.policy, held_out)
     print(f"{args.policy} on val: {default.reward:.4f}")
-    path = Path(args.out) / f"{args.policy}_{args.conditions}.json"
     with noted():
         for tuning in searches(args):
             scored = Scored.of(spec_of(args.policy, ranges, tuning.mean), held_out)
