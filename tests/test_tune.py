@@ -20,7 +20,6 @@ from policies.balance import Balance
 from policies.balance_feedback import BalanceFeedback
 from policies.tuned import tuned
 from train import tune as tuning
-from train.options import parse
 from train.tune import RANGES, Args, Range, tune
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,39 +162,3 @@ def test_files_that_are_no_tunings_are_refused(tmp_path: Path, content: str, mes
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         tuned(str(path))
-
-
-def write(path: Path, text: str) -> list[str]:
-    path.write_text(text)
-    return ["--conf-file", str(path)]
-
-
-def test_a_file_of_options_has_the_zoos_names_and_the_command_line_wins(tmp_path: Path) -> None:
-    text = "policy: ema\nn_timesteps: 12\nenv_kwargs: {hbm_budget: 0.2, batch_size: 4}\n"
-    file = write(tmp_path / "a.yml", text)
-    args = parse(Args, [*file, "--window", "8", "--n-tunings", "2"], "")
-    assert args == Args(
-        policy="ema", n_windows=12, hbm_budget="0.2", batch_size=4, window=8, n_tunings=2
-    )
-    assert parse(Args, [*file, "--n-windows", "5"], "").n_windows == 5
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("n_window: 3", "no option 'n_window'"),
-        ("n_windows: many", "n_windows must be int, got 'many'"),
-        ("n_windows: 1.5", "n_windows must be int, got 1.5"),
-        ("policy: luck", "policy must be one of"),
-        ("- 1", "must be a map of options"),
-        ("a: [", "not YAML"),
-        ("seed: !!python/object/apply:os.getcwd []", "not YAML"),
-    ],
-)
-def test_a_file_that_is_wrong_ends_in_one_sentence(
-    tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        parse(Args, write(tmp_path / "a.yml", text), "")
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err

@@ -1,10 +1,4 @@
-"""Options of a script: the fields of a dataclass, from the command line and from a YAML file.
-
-A file has the argument names of Stable-Baselines3's zoo (``train/experiments/``): ``n_timesteps``
-counts decode windows, ``n_envs`` copies of the environment, ``batch_size`` samples of a gradient
-step; what belongs to the environment stands under ``env_kwargs``. Everything else goes by the name
-of its option. Nothing in a file is evaluated.
-"""
+"""Options of a script: the fields of a dataclass, from the command line and from a YAML file."""
 
 from __future__ import annotations
 
@@ -19,14 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-import yaml
-
 from ndp_gym.cli import Parser, run_command
+from train.conf_file import from_file
 
 T = TypeVar("T")
-
-ZOO_NAMES = {"n_timesteps": "n_windows", "n_envs": "n_lanes", "batch_size": "minibatch"}
-"""The zoo's name -> that of our option."""
 
 
 Completion = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -84,72 +74,6 @@ def parse(
 def _hyphened(argument: str) -> str:
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
-
-
-def from_file(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
-    """Options of a YAML file under our names; ``hints`` are the types of all options.
-
-    Raises:
-        ValueError: no map, a name that is no option, or a value of another type.
-        OSError: the file cannot be read.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if isinstance(content, dict) and len(content) == 1:
-        (only,) = content.values()
-        content = only if isinstance(only, dict) else content  # the zoo: a map per environment id
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a map of options, got {content!r}")
-    found = {}
-    for name, value in _flat(path, content, hints).items():
-        if name not in hints:
-            raise ValueError(f"{path}: no option {name!r}; options are {', '.join(hints)}")
-        found[name] = _of_type(f"{path}: {name}", hints[name], value)
-    return found
-
-
-def _flat(path: Path, content: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
-    """Our names; the maps ``env_kwargs`` and ``policy_kwargs`` taken apart."""
-    flat = {ZOO_NAMES.get(name, name): value for name, value in content.items()}
-    if "policy" not in hints and flat.pop("policy", "MlpPolicy") != "MlpPolicy":
-        raise ValueError(f"{path}: policy must be MlpPolicy, got {content['policy']!r}")
-    for group in ("env_kwargs", "policy_kwargs"):
-        inner = flat.pop(group, {})
-        if not isinstance(inner, dict):
-            raise ValueError(f"{path}: {group} must be a map, got {inner!r}")
-        flat |= inner
-    if "net_arch" in flat:
-        widths = flat.pop("net_arch")
-        if not (isinstance(widths, list) and len(widths) == 2 and widths[0] == widths[1]):
-            raise ValueError(f"{path}: net_arch must be two equal widths, got {widths!r}")
-        flat["hidden"] = widths[0]
-    rate = flat.get("learning_rate")
-    if isinstance(rate, str) and rate.startswith("lin_"):  # ours always falls linearly
-        try:
-            flat["learning_rate"] = float(rate[4:])
-        except ValueError:
-            raise ValueError(f"{path}: learning_rate must be lin_<number>, got {rate!r}") from None
-    return flat
-
-
-def _of_type(name: str, hint: Any, value: Any) -> Any:
-    """``value`` as the option's type; numbers may stand where the option is text."""
-    wanted = hint if hint in (bool, int, float) else str
-    words = [a for a in get_args(hint) if isinstance(a, str)]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = {
-        bool: isinstance(value, bool),
-        int: is_number and int(value) == value,
-        float: is_number,
-        str: is_number or isinstance(value, str),
-    }
-    if words and value not in words:
-        raise ValueError(f"{name} must be one of {words}, got {value!r}")
-    if not fits[wanted]:
-        raise ValueError(f"{name} must be {wanted.__name__}, got {value!r}")
-    return wanted(value)
 
 
 def _add_option(parser: argparse.ArgumentParser, field: Field[Any], hint: Any, text: str) -> None:
