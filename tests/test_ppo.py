@@ -9,7 +9,7 @@ import pytest
 
 from ndp_gym.agent_file import load_agent
 from policies.agent import LayerAgent
-from train.ppo import Args, ValScore, train
+from train.ppo import Args, ValScore, said, train
 from train.results import pictures
 from train.results.contenders import Folders
 from train.tracking import Placed, Scored
@@ -72,6 +72,13 @@ def test_the_best_keeps_its_weights_and_the_whole_curve(
     seconds = [s for _, s, _ in card["curve"]]
     assert seconds == sorted(seconds)
     assert not (tmp_path / "wandb").exists()
+
+
+def test_a_line_says_how_far_above_the_planner_an_agent_is_and_how_sure_that_is() -> None:
+    gains = {"gain": 0.00871, "gain_standard_error_over_episodes": 0.00112}
+    assert said({"reward": 0.82293, **gains, "share_of_episodes_won": 0.9}) == (
+        "val 0.8229, gain +0.0087 +- 0.0011 over the planner"
+    )
 
 
 def test_the_first_point_is_the_start_itself(tmp_path: Path, scripted: list[float]) -> None:

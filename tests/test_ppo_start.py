@@ -206,10 +206,14 @@ def test_a_terminal_gets_a_bar_with_the_score_beside_the_lines(
         train(replace(args, out=str(tmp_path / "b")))
         shown = sys.stderr.getvalue()
     score = next(line for line in lines.splitlines() if "32/32 windows" in line)
-    val = score.partition("val ")[2].partition(" ")[0]
+    val = score.partition("val ")[2].partition(",")[0]
     assert f"val {val}, best " in shown
     assert ", untuned planner 0." in shown
     assert "32/32 " in shown
+    gain = float(val) - load_agent(tmp_path / "a/best").card["scores"]["reward_alone"]
+    assert float(score.partition("gain ")[2].partition(" +- ")[0]) == pytest.approx(gain, abs=1e-4)
+    assert score.split(", ")[-2].endswith(" over the planner")
+    assert len(score) < 110
     again = capsys.readouterr().out.splitlines()
     assert [line.partition("val")[2] for line in again[:2]] == [
         line.partition("val")[2] for line in lines.splitlines()[:2]

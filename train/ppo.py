@@ -15,7 +15,7 @@ from __future__ import annotations
 import pickle
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -187,8 +187,8 @@ class ValScore(BaseCallback):
             f"val {score:.4f}, best {self.best_score:.4f}, {planner} {self.alone_score:.4f}"
         )
         tqdm.write(
-            f"{self.n_windows:7d}/{self.args.n_windows} windows  {self.seconds:4.0f} s{self.left()}"
-            f"  val {score:.4f} (best {self.best_score:.4f}, alone {self.alone_score:.4f})"
+            f"{self.n_windows:7d}/{self.args.n_windows} windows {self.seconds:4.0f} s{self.left()}"
+            f"  {said(scores)}, best {self.best_score:.4f}"
         )
         sys.stdout.flush()
 
@@ -234,6 +234,13 @@ class ValScore(BaseCallback):
             raise ValueError(f"{self.out / 'checkpoint'}: cannot be resumed: {first}") from error
         self.best = scored(LayerAgent(str(self.out / "best")), self.tasks)
         self.start_windows, self.start_s = windows_of(model, model.num_timesteps), self.curve[-1][1]
+
+
+def said(scores: Mapping[str, Any]) -> str:
+    """Scores of an agent as a part of the progress line."""
+    (error,) = (value for name, value in scores.items() if name.startswith("gain_standard_error"))
+    gain = f"gain {scores['gain']:+.4f} +- {error:.4f} over the planner"
+    return f"val {scores['reward']:.4f}, {gain}"
 
 
 def start_of(args: Args) -> Agent | None:
@@ -355,8 +362,10 @@ def train(args: Args) -> Path:
             tqdm.write(f"{done} windows are done, nothing is left: a larger --n-windows goes on")
         else:
             learn(args, model, scoring)
-    best = f"best on val {scoring.best_score:.4f}, planner alone {scoring.alone_score:.4f}"
-    print(f"{best}: {scoring.out / 'best'}")
+    print(
+        f"best on val {scoring.best_score:.4f}, before training {scoring.curve[0][2]:.4f}, "
+        f"planner alone {scoring.alone_score:.4f}: {scoring.out / 'best'}"
+    )
     return scoring.out / "best.safetensors"
 
 
