@@ -1,4 +1,4 @@
-"""A heuristic with the constants that ``train.tune`` found: ``tuned:path=runs/tune/balance``."""
+"""A heuristic with constants that ``train.tune`` found: ``tuned:path=runs/tune/balance_fix``."""
 
 import json
 from pathlib import Path

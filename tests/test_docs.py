@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from ndp_gym.commands.trace.make import FORMATS as OFFERED
+from ndp_gym.evaluation import evaluate
 from ndp_gym.importers import FORMATS, ImportOptions, import_trace
 from ndp_gym.importers.source import open_source
+from ndp_gym.plan import Plan
+from ndp_gym.policy import Observation, PolicyContext, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,6 +48,29 @@ def test_relative_links_exist(page: Path) -> None:
     local = [target for target in targets if target and "://" not in target]
     missing = [target for target in local if not (page.parent / target).exists()]
     assert not missing
+
+
+def test_the_observation_has_the_shapes_that_the_policy_page_says() -> None:
+    table = re.findall(r"^\| (`.*`) \| \[(.*?)\] \|", (ROOT / "docs/policy.md").read_text(), re.M)
+    sizes = {"L": 8, "E": 64}  # the bundled recording
+    said = {
+        name: tuple(sizes[n] if n in sizes else int(n) for n in shape.split(", "))
+        for names, shape in table
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    shapes = {}
+
+    class Asks:
+        def reset(self, context: PolicyContext) -> None:
+            self.policy = resolve("ema")()
+            self.policy.reset(context)
+
+        def __call__(self, observation: Observation) -> Plan:
+            shapes.update({name: array.shape for name, array in observation.items()})
+            return self.policy(observation)
+
+    evaluate(Asks, split="val", max_windows=1)
+    assert said == shapes
 
 
 def test_every_format_has_a_section() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from ndp_gym.agent_file import load_agent
 from policies.agent import LayerAgent
+from train import curves
 from train.ppo import Args, ValScore, said, train
 from train.results import pictures
 from train.results.contenders import Folders
@@ -71,6 +72,7 @@ def test_the_best_keeps_its_weights_and_the_whole_curve(
     assert (tmp_path / "best.safetensors").read_bytes() == best
     seconds = [s for _, s, _ in card["curve"]]
     assert seconds == sorted(seconds)
+    assert b"reward gained on val" in (tmp_path / "curve.svg").read_bytes()
     assert not (tmp_path / "wandb").exists()
 
 
@@ -144,9 +146,14 @@ def test_curves_are_drawn_whole_and_their_best_is_marked(
         return b""
 
     monkeypatch.setattr(pictures, "svg", keep)
+    monkeypatch.setattr(curves, "svg", keep)
     (tmp_path / "rand_0.json").write_text(json.dumps(CARD))
     pictures.learning_curves(["rand"], Folders(agents=tmp_path))
-    curve, mark, zero = figures[0].axes[0].lines
-    np.testing.assert_allclose(curve.get_xydata(), [(0, -0.1), (4.096, 0.2), (8.192, 0.1)])
-    np.testing.assert_allclose(mark.get_xydata(), [(4.096, 0.2)])
-    assert set(zero.get_ydata()) == {0}
+    curves.curve_of_run(CARD)
+    for figure in figures:
+        curve, mark, zero = figure.axes[0].lines
+        np.testing.assert_allclose(curve.get_xydata(), [(0, -0.1), (4.096, 0.2), (8.192, 0.1)])
+        np.testing.assert_allclose(mark.get_xydata(), [(4.096, 0.2)])
+        assert mark.get_color() == curve.get_color()
+        assert set(zero.get_ydata()) == {0}
+    assert len(figures) == 2

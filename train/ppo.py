@@ -4,8 +4,8 @@ One network decides for every layer (`ndp_gym.layer_env`), of every recording th
 agent is scored on the val split before the first update and every few thousand windows, beside the
 planner that it bends, `balance_feedback` with the constants of ``--base``; the best one is kept.
 The output folder gets ``best`` and ``last`` (agents, each a .safetensors and a .json),
-``checkpoint`` (to resume), ``wandb``. The test split is never opened here. ``--conf-file`` takes
-experiments from ``train/experiments``.
+``curve.svg`` (val so far), ``checkpoint`` (to resume), ``wandb``. The test split is never opened
+here. ``--conf-file`` takes experiments from ``train/experiments``.
 
     ndp-gym evaluate --split val --policies agent:path=runs/ppo/best,balance
 """
@@ -33,7 +33,7 @@ from ndp_gym.agent_file import Agent, load_agent, save_agent
 from ndp_gym.commands.evaluate import parse_budget
 from ndp_gym.layer_env import LayerVecEnv, LayerVecEnvs
 from ndp_gym.provenance import env_spec_json, git_commit, package_versions
-from ndp_gym.report import check_writable
+from ndp_gym.report import check_writable, write_whole
 from ndp_gym.rollout import Task
 from ndp_gym.rules import check_numbers
 from ndp_gym.tracking import Mode, tracked_run
@@ -41,6 +41,7 @@ from policies.agent import LayerAgent, find_agent
 from policies.balance_feedback import BalanceFeedback
 from policies.tuned import read_tuning
 from train import options
+from train.curves import curve_of_run
 from train.forecast import fit_weights
 from train.interrupts import is_stopping, noted
 from train.networks import agent_of, take_over, windows_of
@@ -175,8 +176,10 @@ class ValScore(BaseCallback):
             best = agent_of(self.model, {**self.card, "scores": {**scores, "note": note}})
         else:
             best = load_agent(self.out / "best")
-        save_agent(replace(best, card={**best.card, "curve": self.curve}), self.out / "best")
+        best = replace(best, card={**best.card, "curve": self.curve})
+        save_agent(best, self.out / "best")
         self.checkpoint()
+        write_whole(self.out / "curve.svg", curve_of_run(best.card))
         self.logger.record("val/reward", score)
         self.logger.record("val/best", self.best_score)
         self.logger.record("val/gain", scores["gain"])

@@ -6,7 +6,7 @@ Several tunings start from the same point with seeds of their own; the best of t
 beside all others and the untuned policy. The budget of each is in windows, by default that of an
 agent of ``train.ppo``. The test split is never opened here.
 
-    ndp-gym evaluate --split val --policies tuned:path=runs/tune/balance,balance
+    ndp-gym evaluate --split val --policies tuned:path=runs/tune/balance_fix,balance
 """
 
 from __future__ import annotations
