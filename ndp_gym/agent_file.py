@@ -130,11 +130,17 @@ def load_agent(path: str | os.PathLike[str]) -> Agent:
         OSError: a file cannot be read.
     """
     weights, cards = _files(path)
+    if Path(path).is_dir() and not cards.is_file():
+        hint = f": {Path(path) / 'best'} is one" if (Path(path) / "best.json").is_file() else ""
+        raise ValueError(f"{os.fspath(path)} is a folder, not an agent{hint}")
     text, data = cards.read_bytes(), weights.read_bytes()
     try:
         card = _card(text)
         if card["weights_sha256"] != hashlib.sha256(data).hexdigest():
-            raise ValueError(f"its weights_sha256 is not that of {weights.name}: not one agent")
+            raise ValueError(
+                f"its weights_sha256 is not that of {weights.name}: one of the two files is "
+                f"damaged, or of another agent"
+            )
         return Agent(
             features={name: _scaling(name, s) for name, s in card["features"].items()},
             layers=_layers(data, card["network"]["sizes"]),

@@ -52,6 +52,25 @@ def test_a_card_beside_the_weights_of_another_agent_is_refused(tmp_path: Path) -
     assert load_agent(other).base == {"price": 2.0}
 
 
+def test_a_folder_is_no_agent_but_has_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{tmp_path} is a folder, not an agent$"):
+        load_agent(tmp_path)
+    save_agent(agent_of(0), tmp_path / "best")
+    for path in (str(tmp_path), f"{tmp_path}/"):
+        with pytest.raises(ValueError, match=f"is a folder, not an agent: {tmp_path}/best is one$"):
+            LayerAgent(path)
+    save_agent(agent_of(1), tmp_path)  # a file beside a folder of that name
+    assert load_agent(tmp_path).card["note"] == "mine"
+
+
+@pytest.mark.parametrize("text", [b"", b'{"kind": "ndp-gym la', b"\xd3", b"[]"])
+def test_a_damaged_card_is_blamed_itself(tmp_path: Path, text: bytes) -> None:
+    path = save_agent(agent_of(0), tmp_path / "best")
+    path.with_suffix(".json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"best\.json: not an agent: (not JSON|must be a map)"):
+        load_agent(path)
+
+
 def test_what_an_agent_is_wins_over_the_card_it_came_from(tmp_path: Path) -> None:
     first = load_agent(save_agent(agent_of(0), tmp_path / "a"))
     changed = replace(first, base={"price": 3.0}, layers=agent_of(1).layers)

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -78,6 +79,13 @@ def test_an_agent_is_never_overwritten(tmp_path: Path, fits: list[Any]) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path} has an agent already: --resume goes on"):
         train(Args(out=str(tmp_path), hidden=8, seed=1, **TINY))
     assert path.read_bytes() == before
+
+
+def test_a_smaller_last_mini_batch_is_nothing_to_warn_of(tmp_path: Path, fits: list[Any]) -> None:
+    args = {**TINY, "n_windows": 16, "minibatch": 50}  # of 2 copies x 8 layers x 8 windows = 128
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "You have specified a mini-batch size")
+        train(Args(out=str(tmp_path), hidden=8, **args))
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, fits: list[Any]) -> None:

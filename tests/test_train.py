@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,8 @@ def test_equal_seeds_train_equal_agents_and_the_table_takes_them(tmp_path: Path)
     card = json.loads(paths[0].with_suffix(".json").read_text())
     assert card["scores"]["split"] == "val"
     assert card["training"]["seed"] == 0
+    for name in ("torch", "stable-baselines3", "numpy"):
+        assert card["versions"][name] == version(name)
     result = evaluate(
         [f"agent:path={paths[0]}", "balance"], split="val", seeds=(0, 1), command="test"
     )

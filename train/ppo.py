@@ -15,6 +15,7 @@ from __future__ import annotations
 import pickle
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -328,6 +329,19 @@ def check(args: Args) -> None:
     base_of(args)
 
 
+def new_model(args: Args, env: LayerVecEnvs) -> PPO:
+    """PPO before its first update; the last mini-batch of an update may be a smaller one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You have specified a mini-batch size", UserWarning)
+        return PPO(
+            "MlpPolicy", env, seed=args.seed, n_steps=args.n_steps, batch_size=args.minibatch,
+            n_epochs=args.n_epochs, gamma=args.gamma, gae_lambda=args.gae_lambda,
+            learning_rate=lambda left: args.learning_rate * (0.05 + 0.95 * left),
+            policy_kwargs={"net_arch": [args.hidden] * 2, "log_std_init": args.log_std_init},
+            device="cpu",
+        )  # fmt: skip
+
+
 def train(args: Args) -> Path:
     """Train and return the path of the best agent's weights.
 
@@ -340,13 +354,7 @@ def train(args: Args) -> Path:
     check(args)
     tasks, env = val_tasks(args), environment(args, forecast_of(args))
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    model = PPO(
-        "MlpPolicy", env, seed=args.seed, n_steps=args.n_steps, batch_size=args.minibatch,
-        n_epochs=args.n_epochs, gamma=args.gamma, gae_lambda=args.gae_lambda,
-        learning_rate=lambda left: args.learning_rate * (0.05 + 0.95 * left),
-        policy_kwargs={"net_arch": [args.hidden] * 2, "log_std_init": args.log_std_init},
-        device="cpu",
-    )  # fmt: skip
+    model = new_model(args, env)
     card = {
         "training": {k: v for k, v in asdict(args).items() if k not in NOT_IN_CARD},
         "trace_sha256": [group.lanes.trace.sha256 for group in env.groups],
