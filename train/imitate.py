@@ -188,6 +188,7 @@ def imitate(args: Args) -> Path:
     torch.manual_seed(args.seed)
     base = read_tuning(args.base)[1]["constants"] if args.base else {}
     rng, held_out = np.random.default_rng(args.seed), val_tasks(args)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     alone = [window_rewards(BalanceFeedback(**base), task) for task in held_out]
     print(f"planner alone on val: {mean_of(alone):.4f}")
     network = _network(args.hidden)

@@ -352,8 +352,9 @@ def train(args: Args) -> Path:
     """
     torch.set_num_threads(1)
     check(args)
-    tasks, env = val_tasks(args), environment(args, forecast_of(args))
+    tasks = val_tasks(args)
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    env = environment(args, forecast_of(args))
     model = new_model(args, env)
     card = {
         "training": {k: v for k, v in asdict(args).items() if k not in NOT_IN_CARD},

@@ -137,6 +137,7 @@ def tune(args: Args) -> Path:
     check_writable(path)
     ranges = RANGES[args.policy]
     held_out, tunings = val_tasks(args), []
+    path.parent.mkdir(parents=True, exist_ok=True)
     default = Scored.of(args.policy, held_out)
     print(f"{args.policy} on val: {default.reward:.4f}")
     with noted():
@@ -279,7 +280,6 @@ def _write(
         "commit": git_commit(),
         "versions": dict(package_versions()),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
