@@ -219,7 +219,7 @@ def test_kernel_agrees_with_its_twin_on_thousands_of_windows() -> None:
 
 @pytest.mark.slow
 def test_kernel_agrees_with_its_twin_on_a_large_sweep() -> None:
-    for seed in range(10_000, 16_000):
+    for seed in range(10_000, 13_000):
         run_case(random_case(seed))
 
 
