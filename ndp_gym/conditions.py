@@ -254,15 +254,15 @@ def _check_chance(name: str, chance: float) -> None:
         raise ValueError(f"{name} must be in 0..1, got {chance}")
 
 
-_RAND = Conditions(
-    batch_sizes=(1, 2, 4, 8, 16),  # learning.md section 1
-    hbm_budget=(0.03, 0.2),  # design.md section 2, in place of learning.md's shares
-    link_bandwidth=(12 / 25, 50 / 25),  # learning.md section 1: logU(12, 50) GB/s around 25
-    far_bandwidth=(0.25 / 0.512, 1 / 0.512),  # the same: logU(.25, 1) TB/s around .512
-    far_compute=(0.25 / 0.512, 1 / 0.512),  # assumed: as wide as the bandwidth
-    extra_context=(0, 4096),  # assumed
-    quality_weights=(1.0, 4.0, 16.0),  # the named weights of design.md section 2
-    mix=0.5,  # assumed: one or two domains of five come first
+_RAND = Conditions(  # assumed where nothing else is said
+    batch_sizes=(1, 2, 4, 8, 16),
+    hbm_budget=(0.03, 0.2),
+    link_bandwidth=(12 / 25, 50 / 25),  # 12 to 50 GB/s around 25: CXL 2.0 of 4 to 16 lanes
+    far_bandwidth=(0.25 / 0.512, 1 / 0.512),  # .25 to 1 TB/s around .512
+    far_compute=(0.25 / 0.512, 1 / 0.512),  # as wide as the bandwidth
+    extra_context=(0, 4096),
+    quality_weights=(1.0, 4.0, 16.0),  # those of `ndp_gym.reward.QUALITY_WEIGHTS`
+    mix=0.5,  # one or two domains of five come first
 )
 _DRIFT = (  # chances, onsets, lengths and factors are assumed; speeds fall as far as hidden ones
     Disturbance(kind="gpu_throttle", factor=(0.4, 0.8), ramp=(4, 12)),
@@ -273,9 +273,9 @@ _DRIFT = (  # chances, onsets, lengths and factors are assumed; speeds fall as f
 CONDITIONS = {
     "fix": Conditions(),
     "rand": _RAND,
-    # learning.md section 3: U(.4, 1) each for GPU and far device; of the link: assumed
+    # Ranges and chances are assumed.
     "hidden": replace(_RAND, hidden=Hidden(gpu=(0.4, 1.0), far=(0.4, 1.0), link=(0.4, 1.0))),
-    "drift": replace(_RAND, drift=_DRIFT, domain_change=0.5),  # chance assumed
+    "drift": replace(_RAND, drift=_DRIFT, domain_change=0.5),
 }
 """Presets by name. ``hidden`` and ``drift`` draw what ``rand`` does too: a policy that is told
 nothing of a slow machine has to notice it on machines and requests of every kind."""

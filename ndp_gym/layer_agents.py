@@ -3,8 +3,7 @@
 An agent sees dimensionless features of its layer and answers with four numbers in [-1, 1], which
 bend what the `balance` planner would do there (`ndp_gym.planners.Nudges`); zeros leave it alone.
 The planner's costs follow the measured seconds (`ndp_gym.speeds`). Nothing depends on the number of
-layers or experts, so an agent trained on one model runs on any. The residual formulation of
-``learning.md`` section 2, with HBM rationed by layer.
+layers or experts, so an agent trained on one model runs on any. HBM is rationed by layer.
 """
 
 from __future__ import annotations
@@ -300,9 +299,9 @@ def layer_rewards(
 
     ``L (log((T - t + t_ref) / T) - weight (D - D_ref))`` with the layer's own seconds t and nats D:
     the environment's reward minus what it would be had this layer been served as in the reference.
-    Its gradient in the layer's own seconds is that of the environment's reward. (``learning.md``
-    has ``(t_ref - t) / T``; far from the reference its mean, ``T_ref / T - 1``, pays for speed at
-    any price.) Requantisation and the guard of super experts belong to no layer. ``quality_weight``
+    Its gradient in the layer's own seconds is that of the environment's reward. (A linear
+    ``(t_ref - t) / T``, of mean ``T_ref / T - 1``, would pay for speed at any price far from the
+    reference.) Requantisation and the guard of super experts belong to no layer. ``quality_weight``
     may be one per lane, [N].
     """
     seconds = outcome.decode_s[:, None]

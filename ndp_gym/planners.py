@@ -1,9 +1,8 @@
 """The ``balance`` planner: which experts fill HBM, and at how many bits, as a function of loads.
 
-Formulation H4 of ``learning.md``: in every layer HBM is filled only while the slower of GPU and far
-device gets faster, and widths are bought where quality is cheapest in seconds. One price per HBM
-byte, shared by all layers, enforces the budget. The planner sees expected loads and nominal costs;
-it never replays routing.
+In every layer HBM is filled only while the slower of GPU and far device gets faster, and widths are
+bought where quality is cheapest in seconds. One price per HBM byte, shared by all layers, enforces
+the budget. The planner sees expected loads and nominal costs; it never replays routing.
 """
 
 from __future__ import annotations

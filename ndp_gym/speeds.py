@@ -2,8 +2,8 @@
 
 After every window the seconds that an observation reports for GPU, far device and link are compared
 with what nominal costs say for the routing and the copies of that window. The logarithm of the
-ratio is integrated: formulation H4fb of ``learning.md``, per device where the study integrates
-log(GPU seconds / far seconds), since seconds are also weighed against quality.
+ratio is integrated, per device: the balance of both sides alone would do for placing experts, but
+seconds are also weighed against quality.
 """
 
 from __future__ import annotations

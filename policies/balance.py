@@ -10,7 +10,7 @@ from ndp_gym.policy import Observation, PolicyContext, budget_bytes, context_ent
 
 
 class Balance:
-    """Formulation H4 of the placement study (``ndp_gym.planners.balance``), replanned every window.
+    """The planner of `ndp_gym.planners`, asked anew every window.
 
     Args:
         constants: fields of `Knobs` (gpu_factor, far_factor, price, hysteresis,

@@ -8,7 +8,7 @@ from policies.balance import Balance
 
 
 class BalanceFeedback(Balance):
-    """Formulation H4fb of the placement study: `Balance` and an integral term on measured seconds.
+    """`Balance` and an integral term on measured seconds.
 
     Args:
         gain: share of the remaining error that a window corrects, 0 for plain `Balance`.
