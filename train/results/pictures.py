@@ -21,5 +21,5 @@ def learning_curves(conditions: Sequence[str], folders: Folders) -> bytes:
             card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             draw_curve(axes, card, COLOURS[name], None if n else name)
     name_axes(axes, "the tuned planner")
-    axes.legend(frameon=False, title="trained under", loc=(0.5, 0.12), ncols=3)
+    axes.legend(frameon=False, title="trained under", loc=(0.35, 0.12), ncols=len(COLOURS))
     return svg(figure)
