@@ -8,6 +8,7 @@ import pytest
 from ndp_gym.scenarios import condition_tasks
 from policies.all_far import AllFar
 from policies.balance import Balance
+from train.results.__main__ import main
 from train.results.conditions import AGENTS, FORECAST, Measured, Table, row_of
 from train.results.contenders import Folders, Heuristic, heuristics
 from train.results.fronts import (
@@ -134,7 +135,9 @@ def fake(level: float, loss: float = 0.1) -> Run:
     )  # fmt: skip
 
 
-def measured(level: float, forecast: float = 1.0, section: str = "rand") -> Measured:
+def measured(
+    level: float, forecast: float = 1.0, section: str = "rand", n_seeds: int = 5
+) -> Measured:
     """A section whose best heuristic has reward 1, with one window that 2 are to be had in."""
     resampling = Resampling([np.full((n, 2), 0.5) for n in (2, 1)])
     best, curve = fake(1.0), Curve(np.zeros((2, 2001)), np.zeros((2, 2001)))
@@ -142,8 +145,8 @@ def measured(level: float, forecast: float = 1.0, section: str = "rand") -> Meas
     table = Table(best, curve, resampling, sample, ("in_place",))
     rows = [
         row_of("balance, tuned", [best], table),
-        row_of(AGENTS, [fake(level)] * 5, table),
-        row_of(FORECAST, [fake(forecast)] * 5, table),
+        row_of(AGENTS, [fake(level)] * n_seeds, table),
+        row_of(FORECAST, [fake(forecast)] * n_seeds, table),
     ]
     tuning = {
         "scores": {"reward": 1.0, "reward_untuned": 0.9, "spread_of_tunings": 0.01},
@@ -206,6 +209,32 @@ def test_regret_has_a_standard_error_over_its_windows() -> None:
     assert np.isnan(regret_of([fake(1.0)], sample, ("fetch",)).to_bound[0])
 
 
+def test_one_training_seed_has_a_row_but_no_spread() -> None:
+    text = written(measured(1.25, n_seeds=1))
+    assert "layer agents (1 seed) against" in text
+    assert "| **layer agents** | 1.2500" in text
+    assert "| forecast alone | 1.0000" in text
+    assert "Training seeds" not in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--split", "val"], "--out must name another page than docs/results.md"),
+        (["--agents", "nowhere", "--out", "x.md"], "nowhere: no such folder"),
+        (["--sections", "warm"], "a section must be one of fix, rand, hidden, drift"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_test_is_opened(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (ROOT / "train/results/opened.json").read_bytes()
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert said in capsys.readouterr().err
+    assert (ROOT / "train/results/opened.json").read_bytes() == before
+
+
 def test_agents_gains_are_summed_up_robustly_too() -> None:
     text = written(measured(1.25))
     assert "gain over the best heuristic, episodes alike: +0.2500, +0.2500" in text
@@ -231,7 +260,7 @@ def test_untuned_and_tuned_heuristics_follow_the_price() -> None:
     assert tuned.at(0.5).knobs.price == pytest.approx(0.5 * tuned.constants["price"])
 
 
-@pytest.mark.parametrize("conditions", ["rand", "hidden", "drift"])
+@pytest.mark.parametrize("conditions", ["fix", "rand", "hidden", "drift"])
 def test_agents_of_the_table_ship_with_five_seeds(conditions: str) -> None:
     assert len(Folders().agent_files(conditions)) == 5
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")

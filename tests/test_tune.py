@@ -71,10 +71,11 @@ def test_equal_seeds_tune_equally_within_the_budget_and_the_file_is_a_policy(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("n_tunings", 0), ("n_windows", -1), ("population", 1), ("jobs", 0)]
+    ("name", "value"),
+    [("n_tunings", 0), ("n_windows", -1), ("population", 1), ("jobs", 0), ("seed", -1)],
 )
 def test_numbers_out_of_range_are_refused(tmp_path: Path, name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
         tune(Args(out=str(tmp_path), **{**TINY, name: value}))
     assert not list(tmp_path.iterdir())
 

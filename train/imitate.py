@@ -8,7 +8,7 @@ acts, afterwards the agent does, so that it learns in the states it gets into. T
 ``train.ppo`` may start from:
 
     python -m train.imitate --out runs/imitate
-    python -m train.ppo --init runs/imitate/best --learning-rate 3e-4
+    python -m train.ppo --init runs/imitate/best
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from policies.agent import LayerAgent
 from policies.balance_feedback import BalanceFeedback
 from policies.oracle_balance import OracleBalance
 from policies.tuned import read_tuning
-from train import options
+from train import options, setting
 from train.forecast import fit_weights
 from train.setting import (
     Setting,
@@ -81,12 +81,10 @@ class Args(Setting):
 
 
 NUMBERS = {
-    "seed": "at least 0",
-    **dict.fromkeys(
-        ("batch_size", "window", "episode_windows", "val_episodes", "n_rounds", "n_windows",
-         "n_epochs", "minibatch", "hidden"), "at least 1"),
+    **setting.NUMBERS,
+    **dict.fromkeys(("n_rounds", "n_windows", "n_epochs", "minibatch", "hidden"), "at least 1"),
     "learning_rate": "finite and > 0",
-}  # fmt: skip
+}
 """What the numbers of `Args` may be."""
 
 

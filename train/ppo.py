@@ -41,7 +41,7 @@ from ndp_gym.tracking import Mode, tracked_run
 from policies.agent import LayerAgent, find_agent
 from policies.balance_feedback import BalanceFeedback
 from policies.tuned import read_tuning
-from train import options
+from train import options, setting
 from train.curves import curve_of_run
 from train.forecast import fit_weights
 from train.interrupts import is_stopping, noted
@@ -94,10 +94,9 @@ class Args(Setting):
 
 
 NUMBERS = {
-    **dict.fromkeys(("seed", "n_windows"), "at least 0"),
-    **dict.fromkeys(
-        ("batch_size", "window", "episode_windows", "val_episodes", "eval_every", "n_lanes",
-         "n_steps", "n_epochs", "hidden"), "at least 1"),
+    **setting.NUMBERS,
+    "n_windows": "at least 0",
+    **dict.fromkeys(("eval_every", "n_lanes", "n_steps", "n_epochs", "hidden"), "at least 1"),
     "minibatch": "at least 2",  # advantages are normalised over it
     **dict.fromkeys(("own", "gamma", "gae_lambda"), "in 0..1"),
     "learning_rate": "finite and > 0",

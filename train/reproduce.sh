@@ -6,6 +6,7 @@
 #   train/reproduce.sh small   the same in small and on val, into runs/small: a trial of everything in about
 #                              fifteen minutes. Nothing that ships changes.
 set -eu
+trap 'exit 130' INT # train.tune ends well after Ctrl-C; what would follow must not begin
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 JOBS=${JOBS:-2}

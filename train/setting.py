@@ -48,6 +48,13 @@ class Setting:
     """episodes drawn on val, the same ones every time; fix: one pass over val instead"""
 
 
+NUMBERS = {
+    "seed": "at least 0",
+    **dict.fromkeys(("batch_size", "window", "episode_windows", "val_episodes"), "at least 1"),
+}
+"""What the numbers of `Setting` may be."""
+
+
 def traces_of(setting: Setting) -> list[str | None]:
     """The recordings by path; ``None`` is the bundled one."""
     return list(setting.trace.split(",")) if setting.trace else [None]

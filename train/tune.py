@@ -23,12 +23,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ndp_gym.inputs import check_integer
 from ndp_gym.policy import resolve
 from ndp_gym.provenance import git_commit, package_versions
-from ndp_gym.report import check_writable
+from ndp_gym.report import check_writable, write_whole
 from ndp_gym.rollout import Task
-from train import options
+from ndp_gym.rules import check_numbers
+from train import options, setting
 from train.interrupts import held_back, is_stopping, note_in_worker, noted
 from train.setting import Setting, episodes_of, mean_of, scores_of, val_tasks, window_rewards
 
@@ -110,6 +110,14 @@ class Args(Setting):
     """tunings at the same time, each in a process"""
 
 
+NUMBERS = {
+    **setting.NUMBERS,
+    **dict.fromkeys(("n_windows", "n_tunings", "train_windows", "jobs"), "at least 1"),
+    "population": "at least 2",
+}
+"""What the numbers of `Args` may be."""
+
+
 @dataclass
 class Tuning:
     """One run of the cross-entropy method."""
@@ -130,9 +138,7 @@ def tune(args: Args) -> Path:
         OSError: a file cannot be read or written.
         KeyboardInterrupt: Ctrl-C came before anything was found.
     """
-    for name in ("n_windows", "n_tunings", "train_windows", "episode_windows", "jobs"):
-        check_integer(name, getattr(args, name), least=1)
-    check_integer("population", args.population, least=2)
+    check_numbers(args, NUMBERS)
     path = Path(args.out) / f"{args.policy}_{args.conditions}.json"
     check_writable(path)
     ranges = RANGES[args.policy]
@@ -280,9 +286,7 @@ def _write(
         "commit": git_commit(),
         "versions": dict(package_versions()),
     }
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def _constants(ranges: dict[str, Range], places: FloatArray) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from ndp_gym.provenance import git_commit
-from ndp_gym.report import write_whole
+from ndp_gym.report import check_writable, write_whole
 from ndp_gym.reward import QUALITY_WEIGHTS
 from train.results.conditions import SECTIONS, Measured, measure
 from train.results.contenders import Folders
@@ -21,40 +21,18 @@ from train.results.page import TITLES, page
 from train.results.pictures import learning_curves
 
 OPENED = Path(__file__).with_name("opened.json")
+PAGE = Path("docs/results.md")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m train.results", description=__doc__)
-    parser.add_argument("--sections", default=",".join(SECTIONS), metavar="A,B",
-                        help="conditions, with :speed or :quality another weight")  # fmt: skip
-    parser.add_argument("--episodes", type=int, default=32, metavar="N", help="episodes each")
-    parser.add_argument("--regret-windows", type=int, default=4, metavar="N",
-                        help="windows of a section that regret is over")  # fmt: skip
-    parser.add_argument("--split", choices=("val", "test"), default="test",
-                        help="val to try the script; every run on test is noted")  # fmt: skip
-    parser.add_argument("--why", default="the tables of docs/results.md", metavar="TEXT",
-                        help="of opening test, for the note")  # fmt: skip
-    parser.add_argument("--agents", type=Path, default=Folders().agents, metavar="DIR",
-                        help="rand_0.json or rand_0/best.json ... (shipped)")  # fmt: skip
-    parser.add_argument("--tunings", type=Path, default=Folders().tunings, metavar="DIR",
-                        help="balance_rand.json ... (shipped)")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes")
-    parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
-    args = parser.parse_args(argv)
-    sections = args.sections.split(",")
-    for section in sections:
-        conditions, colon, weight = section.partition(":")
-        if conditions not in TITLES or (colon and weight not in QUALITY_WEIGHTS):
-            parser.error(
-                f"a section must be one of {', '.join(TITLES)}, alone or with one of "
-                f":{', :'.join(QUALITY_WEIGHTS)}, got {section!r}"
-            )
+    args = _parsed(argv)
+    folders, sections = Folders(args.agents, args.tunings), args.sections.split(",")
+    out = args.out or PAGE
     commit = git_commit()
     is_test = args.split == "test"
     noted = note_opening(OPENED, commit, args.why) if is_test else openings(OPENED)
-    folders = Folders(args.agents, args.tunings)
     job = partial(
         measure, n_episodes=args.episodes, split=args.split, n_regret=args.regret_windows,
         folders=folders,
@@ -62,11 +40,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         measured: list[Measured] = list(pool.map(job, sections))
     drawn = [section for section in sections if ":" not in section]
-    write_whole(args.out.parent / "img/results-learning.svg", learning_curves(drawn, folders))
+    write_whole(out.parent / "img/results-learning.svg", learning_curves(drawn, folders))
     command = shlex.join(["python", "-m", "train.results", *argv])
-    write_whole(args.out, page(measured, args.split, noted, commit, command, folders))
-    print(f"wrote {args.out}")
+    write_whole(out, page(measured, args.split, noted, commit, command, folders))
+    print(f"wrote {out}")
     return 0
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The options; ends the program with one sentence where one is wrong."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    for section in args.sections.split(","):
+        conditions, colon, weight = section.partition(":")
+        if conditions not in TITLES or (colon and weight not in QUALITY_WEIGHTS):
+            parser.error(
+                f"a section must be one of {', '.join(TITLES)}, alone or with one of "
+                f":{', :'.join(QUALITY_WEIGHTS)}, got {section!r}"
+            )
+    is_own = Folders(args.agents, args.tunings) != Folders()
+    if args.out is None and (args.split != "test" or is_own):
+        parser.error(f"--out must name another page than {PAGE} for a trial or for your own files")
+    for folder in (args.agents, args.tunings):
+        if not folder.is_dir():
+            parser.error(f"{folder}: no such folder")
+    try:
+        check_writable(args.out or PAGE)
+    except OSError as error:
+        parser.error(str(error))
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m train.results", description=__doc__)
+    add = partial(parser.add_argument, metavar="X")
+    add("--sections", default=",".join(SECTIONS),
+        help="conditions, with :speed or :quality another weight (%(default)s)")  # fmt: skip
+    add("--episodes", type=int, default=32, help="of every section (%(default)s)")
+    add("--regret-windows", type=int, default=4,
+        help="windows of a section that regret is over (%(default)s)")  # fmt: skip
+    add("--why", default=f"the tables of {PAGE}", help="of opening test, for the note")
+    add("--agents", type=Path, default=Folders().agents,
+        help="folder of rand_0.json or rand_0/best.json ... (%(default)s)")  # fmt: skip
+    add("--tunings", type=Path, default=Folders().tunings,
+        help="folder of balance_rand.json ... (%(default)s)")  # fmt: skip
+    add("--jobs", type=int, default=2, help="processes (%(default)s)")
+    add("--out", type=Path, help=f"the page ({PAGE}, of test and of what ships only)")
+    parser.add_argument("--split", choices=("val", "test"), default="test",
+                        help="val to try the script; every run on test is noted")  # fmt: skip
+    return parser
 
 
 if __name__ == "__main__":

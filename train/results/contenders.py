@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from ndp_gym.policy import Policy
 from policies.agent import LayerAgent
 from policies.balance import Balance
 from policies.balance_feedback import BalanceFeedback
+from policies.tuned import read_tuning
 
 HEURISTICS = {"balance": Balance, "balance_feedback": BalanceFeedback}
 Tunings = Mapping[str, Mapping[str, Any]]
@@ -52,10 +52,11 @@ class Folders(NamedTuple):
         """What ``train.tune`` found there, by heuristic.
 
         Raises:
+            ValueError: a file is none of ``train.tune``.
             OSError: there is no such file.
         """
         files = {name: self.tunings / f"{name}_{conditions}.json" for name in HEURISTICS}
-        return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
+        return {name: read_tuning(str(path))[1] for name, path in files.items()}
 
     def agent_files(self, conditions: str) -> list[Path]:
         """Cards of the agents that were trained there, one per seed."""

@@ -11,7 +11,7 @@ from ndp_gym.statistics import (
     interquartile_mean_interval,
     probability_of_improvement,
 )
-from train.results.conditions import AGENTS, EPISODE_SEED, Measured, Row
+from train.results.conditions import AGENTS, EPISODE_SEED, FORECAST, Measured, Row
 from train.results.contenders import Folders
 from train.results.fronts import (
     AGENT_PRICES,
@@ -33,8 +33,12 @@ TITLES = {
 OPENING = """\
 # Learned agents beside tuned heuristics
 
-Written by `{command}` from the agents in `{agents}` and the tunings in
-`{tunings}`, which `train/reproduce.sh` makes. All seconds are modeled, all losses predicted.
+Written by
+
+    {command}
+
+from the agents in `{agents}` and the tunings in `{tunings}`. Those that ship are made by
+`train/reproduce.sh`. All seconds are modeled, all losses predicted.
 {trial}
 How to read it. Every policy decodes the same {episodes} {split} episodes per condition, 64 windows
 of 16 steps each, on the bundled recording ({conversations} {split} conversations). In a window all
@@ -108,7 +112,7 @@ def _section(measured: Measured) -> Iterator[str]:
     yield ""
     yield from _budgets(measured)
     agents = measured.row(AGENTS)
-    if agents is not None:
+    if agents is not None and agents.n_seeds > 1:
         yield from _seeds(agents)
 
 
@@ -163,7 +167,7 @@ def _cells(row: Row, best: str) -> list[str]:
     is_best = row.name == best
     name = f"**{row.name}**" if row.name == AGENTS else row.name
     return [
-        name if row.n_seeds > 1 else f"`{name}`",
+        name if row.name in (AGENTS, FORECAST) else f"`{name}`",
         f"{row.reward[0]:.4f} ({low:.3f} to {high:.3f})",
         "-" if is_best else gain_of(row.gain),
         "-" if is_best else f"{row.won:.0%}",

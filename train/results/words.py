@@ -20,7 +20,7 @@ def summary(measured: Sequence[Measured]) -> Iterator[str]:
             yield f"- `{each.section}`: no agents."
             continue
         yield (
-            f"- `{each.section}`: layer agents ({agents.n_seeds} seeds) against "
+            f"- `{each.section}`: layer agents ({_seeds(agents.n_seeds)}) against "
             f"`{each.best}`: reward {gain_of(agents.gain)}, throughput at equal ΔNLL "
             f"{percent_of(agents.equal)}; {_verdict(agents.gain, each.spread)}."
         )
@@ -67,6 +67,10 @@ def percent_of(gain: Gain) -> str:
     if not np.isfinite(gain.value):
         return "-"
     return f"{gain.value:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
+
+
+def _seeds(n: int) -> str:
+    return "1 seed" if n == 1 else f"{n} seeds"
 
 
 def _verdict(gain: Gain, spread: float) -> str:
