@@ -17,6 +17,7 @@ from ndp_gym.policy import InfeasibleError, Policy, PolicyContext, needs_future,
 from ndp_gym.rollout import train_profile
 from ndp_gym.trace import RoutingTrace
 from policies import POLICIES
+from policies.agent import LayerAgent
 from tests.conftest import make_trace
 from tests.toy import MODEL, SYSTEM
 
@@ -48,17 +49,17 @@ def lanes_of(trace: RoutingTrace, scheduling: Any) -> Lanes:
 
 
 def run(
-    name: str,
+    name: str | Policy,
     trace: RoutingTrace,
     order: np.ndarray,
     n_windows: int,
     scheduling: Any,
     **condition: Any,
 ) -> Seen:
-    """Drive a policy for ``n_windows`` plans; ``condition`` are fields of `Condition`."""
+    """Drive a policy, by name or made, for ``n_windows``; ``condition``: fields of `Condition`."""
     lanes = lanes_of(trace, scheduling)
     lanes.reset(0, order, replace(lanes.base, **condition))
-    policy: Policy = resolve(name)()
+    policy: Policy = resolve(name)() if isinstance(name, str) else name
     policy.reset(
         PolicyContext(
             model=MODEL,
@@ -272,10 +273,10 @@ def _assert_equal(one: Any, other: Any) -> None:
 
 
 def test_the_fitted_forecast_is_exercised() -> None:
-    found = train_patterns(TRACE)
-    assert found is not None
-    agent: Any = resolve("agent")()
-    assert agent.agent.forecast is not None
+    bare = LayerAgent.of(replace(LayerAgent().agent, forecast=None))
+    fitted, blended = (run(policy, TRACE, ORDER, 4, "continuous") for policy in ("agent", bare))
+    pairs = zip(fitted.plans, blended.plans, strict=True)
+    assert any((one.migration_order != other.migration_order).any() for one, other in pairs)
 
 
 def test_placement_is_exercised() -> None:

@@ -55,7 +55,6 @@ class Row(NamedTuple):
         regret: on the sample.
         decision_s: seconds per decision.
         rewards: [training seeds, episodes], of agents; one seed for all others.
-        theirs: [1, episodes] of the best heuristic.
     """
 
     name: str
@@ -68,7 +67,6 @@ class Row(NamedTuple):
     regret: Regret
     decision_s: float
     rewards: FloatArray
-    theirs: FloatArray
 
     @property
     def n_seeds(self) -> int:
@@ -223,7 +221,6 @@ def row_of(name: str, runs: list[Run], table: Table) -> Row:
         regret=regret_of(runs, table.sample, table.kinds),
         decision_s=float(np.mean([run.decision_s for run in runs])),
         rewards=rewards,
-        theirs=theirs,
     )
 
 

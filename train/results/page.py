@@ -111,16 +111,16 @@ def _section(measured: Measured) -> Iterator[str]:
         yield f"| {' | '.join(_cells(row, measured.best))} |"
     yield ""
     yield from _budgets(measured)
-    agents = measured.row(AGENTS)
-    if agents is not None and agents.n_seeds > 1:
-        yield from _seeds(agents)
+    agents, best = measured.row(AGENTS), measured.row(measured.best)
+    if agents is not None and best is not None and agents.n_seeds > 1:
+        yield from _seeds(agents, best)
 
 
-def _seeds(agents: Row) -> Iterator[str]:
+def _seeds(agents: Row, best: Row) -> Iterator[str]:
     """What training seeds reach one by one, episodes alike, and robust figures over both."""
-    gains = agents.rewards - agents.theirs
+    gains = agents.rewards - best.rewards
     low, high = interquartile_mean_interval(gains)
-    chance = probability_of_improvement(agents.rewards, agents.theirs)
+    chance = probability_of_improvement(agents.rewards, best.rewards)
     each = ", ".join(f"{gain:+.4f}" for gain in gains.mean(axis=1))
     yield (
         f"Training seeds of the agents, gain over the best heuristic, episodes alike: {each}. Over "
