@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndp_gym.condition import KINDS, Condition, Kind, Process, Speeds, nominal_system, slowed
+from ndp_gym.rules import check_number
 from ndp_gym.schedule import check_count
 from ndp_gym.specs import SystemSpec
 
@@ -65,7 +66,7 @@ class Disturbance:
         """
         if self.kind not in KINDS:
             raise ValueError(f"drift kind must be one of {list(KINDS)}, got {self.kind!r}")
-        _check_chance(f"{self.kind} chance", self.chance)
+        check_number(f"{self.kind} chance", "in 0..1", self.chance)
         _check_factors(f"{self.kind} factor", self.factor, most=1.0)
         for name, least in (("onset", 0), ("length", 1), ("ramp", 0)):
             _check_counts(f"{self.kind} {name}", getattr(self, name), least)
@@ -132,7 +133,7 @@ class Conditions:
                 raise ValueError(f"quality_weights must be finite and >= 0, got {weight}")
         if self.mix is not None:
             _check_factors("mix", (self.mix, self.mix))
-        _check_chance("domain_change", self.domain_change)
+        check_number("domain_change", "in 0..1", self.domain_change)
 
     def draw(self, rng: np.random.Generator, base: Condition) -> Condition:
         """What one episode runs under; no number is drawn for what has no range."""
@@ -247,11 +248,6 @@ def _check_counts(name: str, span: Iterable[int], least: int) -> None:
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (low, high))
     if not (whole and least <= low <= high):
         raise ValueError(f"{name} must be two whole numbers {least} <= low <= high, got {span}")
-
-
-def _check_chance(name: str, chance: float) -> None:
-    if not 0 <= chance <= 1:
-        raise ValueError(f"{name} must be in 0..1, got {chance}")
 
 
 _RAND = Conditions(  # assumed where nothing else is said

@@ -18,6 +18,7 @@ from ndp_gym.lanes import Observations
 from ndp_gym.layer_facts import LaneFacts
 from ndp_gym.layer_forecast import entry
 from ndp_gym.plan import FAR, HBM
+from ndp_gym.rules import check_number
 
 __all__ = ["GAIN", "LaneSpeeds", "costs_of", "scaled"]
 
@@ -49,8 +50,7 @@ class LaneSpeeds:
         Raises:
             ValueError: ``gain`` is not in 0..1.
         """
-        if not 0 <= gain <= 1:
-            raise ValueError(f"gain must be in 0..1, got {gain}")
+        check_number("gain", "in 0..1", gain)
         self.gain, self._top_k = gain, top_k
         self.factors = np.ones((n_lanes, 3))
         self._before: tuple[IntArray, IntArray] | None = None

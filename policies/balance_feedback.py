@@ -3,6 +3,7 @@
 from ndp_gym.layer_facts import LaneFacts
 from ndp_gym.plan import Plan
 from ndp_gym.policy import Observation, PolicyContext
+from ndp_gym.rules import check_number
 from ndp_gym.speeds import GAIN, LaneSpeeds, scaled
 from policies.balance import Balance
 
@@ -22,8 +23,7 @@ class BalanceFeedback(Balance):
             ValueError: a constant does not exist, or ``gain`` is not in 0..1.
         """
         super().__init__(**constants)
-        if not 0 <= gain <= 1:
-            raise ValueError(f"gain must be in 0..1, got {gain}")
+        check_number("gain", "in 0..1", gain)
         self.gain = gain
 
     def reset(self, context: PolicyContext) -> None:

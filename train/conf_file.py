@@ -9,14 +9,12 @@ what episodes draw their conditions from. Nothing in a file is evaluated.
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import yaml
 
 from ndp_gym import ENV_IDS
-from train.setting import Setting
 
 ZOO_NAMES = {"n_timesteps": "n_windows", "n_envs": "n_lanes", "batch_size": "minibatch"}
 """The zoo's name -> that of our option."""
@@ -62,8 +60,8 @@ def from_file(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
         if policy != POLICY:
             raise ValueError(f"{path}: policy must be {POLICY}, got {policy!r}")
         if "n_lanes" not in hints and content.get("policy") == POLICY:
-            kept = {field.name for field in fields(Setting)} | ({"base"} & hints.keys())
-            written = {n: w for n, w in written.items() if n in kept or n not in PPO_ONLY}
+            left_out = PPO_ONLY - ({"base"} & hints.keys())
+            written = {ours: one for ours, one in written.items() if ours not in left_out}
     found = {}
     for ours, (name, value) in written.items():
         if ours not in hints:

@@ -40,6 +40,7 @@ from policies.oracle_balance import OracleBalance
 from policies.tuned import read_tuning
 from train import options, setting
 from train.forecast import fit_weights
+from train.networks import layers_of
 from train.setting import (
     Setting,
     episodes_of,
@@ -206,7 +207,7 @@ def imitate(args: Args) -> Path:
         labels += lesson.labels
         loss = _fit(network, np.concatenate(features), np.concatenate(labels), args, rng)
         agent = Agent(
-            features=FEATURES, layers=_layers(network), base=base, forecast=forecast, card=card
+            features=FEATURES, layers=layers_of(network), base=base, forecast=forecast, card=card
         )
         last = save_agent(agent, out / "last")
         rewards = [window_rewards(LayerAgent(str(last)), task) for task in held_out]
@@ -258,14 +259,6 @@ def _fit(
             optimizer.step()
             losses.append(float(loss.detach()))
     return float(np.mean(losses))
-
-
-def _layers(network: torch.nn.Sequential) -> list[tuple[Any, Any]]:
-    return [
-        (m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy())
-        for m in network
-        if isinstance(m, torch.nn.Linear)
-    ]
 
 
 if __name__ == "__main__":

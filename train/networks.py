@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,14 +19,21 @@ def windows_of(model: BaseAlgorithm, steps: int) -> int:
 
 def agent_of(model: BaseAlgorithm, card: dict[str, Any]) -> Agent:
     """The policy network of ``model`` without its critic and its noise."""
-    layers = [
-        (m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy()) for m in _linear(model)
-    ]
     env: Any = model.get_env()
     agents, forecast = env.get_attr("agents", 0)[0], env.get_attr("forecast", 0)[0]
     return Agent(
-        features=agents.features, layers=layers, base=agents.base, forecast=forecast, card=card
-    )
+        features=agents.features, layers=layers_of(_linear(model)), base=agents.base,
+        forecast=forecast, card=card,
+    )  # fmt: skip
+
+
+def layers_of(modules: Iterable[torch.nn.Module]) -> list[tuple[Any, Any]]:
+    """Copies of weight and bias of every linear module, in order."""
+    return [
+        (m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy())
+        for m in modules
+        if isinstance(m, torch.nn.Linear)
+    ]
 
 
 def take_over(model: BaseAlgorithm, agent: Agent) -> None:
