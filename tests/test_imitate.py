@@ -69,7 +69,7 @@ def test_equal_seeds_teach_equal_agents_and_ppo_starts_from_one(
     one, other = (imitate(Args(out=str(tmp_path / name), **TINY)) for name in "ab")
     assert one.read_bytes() == other.read_bytes()
     args = ppo.Args(hidden=8, n_lanes=2, n_steps=8, minibatch=64)
-    env = ppo.environment(args, None)
+    env = ppo.environment(args, {}, None)
     model = PPO("MlpPolicy", env, policy_kwargs={"net_arch": [8, 8]}, device="cpu")
     agent = load_agent(one)
     ppo.take_over(model, agent)

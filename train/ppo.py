@@ -108,11 +108,13 @@ NUMBERS = {
 class ValScore(BaseCallback):
     """Evaluates on val, keeps the best agent and a checkpoint, and says how far it got."""
 
-    def __init__(self, args: Args, tasks: Sequence[Task], card: dict[str, Any]) -> None:
-        """Score the planner alone once."""
+    def __init__(
+        self, args: Args, base: dict[str, float], tasks: Sequence[Task], card: dict[str, Any]
+    ) -> None:
+        """Score the planner alone once; ``base`` are its constants."""
         super().__init__()
-        self.args, self.tasks, self.card = args, tasks, card
-        self.out, self.base = Path(args.out), base_of(args)
+        self.args, self.base, self.tasks, self.card = args, base, tasks, card
+        self.out = Path(args.out)
         self.alone = scored(BalanceFeedback(**self.base), tasks)
         self.alone_score = mean_of(self.alone.rewards)
         self.best: Scored | None = None
@@ -258,14 +260,13 @@ def start_of(args: Args) -> Agent | None:
     return find_agent(args.init) if args.init else None
 
 
-def base_of(args: Args) -> dict[str, float]:
+def base_of(args: Args, start: Agent | None) -> dict[str, float]:
     """Constants of the planner that the agents bend; none where it is untuned.
 
     Raises:
-        ValueError: there is an agent to start from, and it bends a planner with others.
+        ValueError: the agent to start from bends a planner with others.
         OSError: a file cannot be read.
     """
-    start = start_of(args)
     if start is not None and (args.resume or not args.base):
         return dict(start.base)
     tuned = read_tuning(args.base)[1]["constants"] if args.base else {}
@@ -281,9 +282,8 @@ def base_of(args: Args) -> dict[str, float]:
     return dict(start.base)
 
 
-def forecast_of(args: Args) -> NDArray[np.float64] | None:
+def forecast_of(args: Args, start: Agent | None) -> NDArray[np.float64] | None:
     """Weights of the agents' forecast: those of the agent to start from, else fitted."""
-    start = start_of(args)
     if start is not None and start.forecast is not None:
         return start.forecast
     return fit_weights(tuple(traces_of(args)), args.window, args.seed, args.model, args.system)
@@ -299,11 +299,13 @@ def environment_arguments(args: Args, path: str | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def environment(args: Args, forecast: NDArray[np.float64] | None) -> LayerVecEnvs:
-    """One group of copies per recording, whose agents forecast with these weights."""
+def environment(
+    args: Args, base: dict[str, float], forecast: NDArray[np.float64] | None
+) -> LayerVecEnvs:
+    """One group of copies per recording; planner and forecast of the agents as given."""
     return LayerVecEnvs([
         LayerVecEnv(
-            args.n_lanes, own=args.own, base=base_of(args), forecast=forecast,
+            args.n_lanes, own=args.own, base=base, forecast=forecast,
             **environment_arguments(args, path),
         )
         for path in traces_of(args)
@@ -325,7 +327,6 @@ def check(args: Args) -> None:
         check_same(args)
     elif any((out / f"best{suffix}").exists() for suffix in (".json", ".safetensors")):
         raise ValueError(f"{out} has an agent already: --resume goes on, another --out keeps it")
-    base_of(args)
 
 
 def new_model(args: Args, env: LayerVecEnvs) -> PPO:
@@ -351,9 +352,10 @@ def train(args: Args) -> Path:
     """
     torch.set_num_threads(1)
     check(args)
-    tasks = val_tasks(args)
+    start = start_of(args)
+    base, tasks = base_of(args, start), val_tasks(args)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    env = environment(args, forecast_of(args))
+    env = environment(args, base, forecast_of(args, start))
     model = new_model(args, env)
     card = {
         "training": {k: v for k, v in asdict(args).items() if k not in NOT_IN_CARD},
@@ -361,10 +363,9 @@ def train(args: Args) -> Path:
         "commit": git_commit(),
         "versions": dict(package_versions("torch", "stable-baselines3")),
     }
-    start = start_of(args)
     if start is not None and not args.resume:
         take_over(model, start)
-    scoring = ValScore(args, tasks, card)
+    scoring = ValScore(args, base, tasks, card)
     with scoring.bar:
         if args.resume:
             scoring.resume(model)
