@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from ndp_gym.layer_agents import ACTIONS, base_constants
 from ndp_gym.layer_features import FEATURES
-from ndp_gym.rules import check_number
 
 __all__ = ["Agent", "load_agent", "save_agent"]
 
@@ -60,8 +59,7 @@ class Agent:
                     f"feature {name} must have a finite offset and scale, the scale not 0, got "
                     f"{list(scaling)}"
                 )
-        *_, gain = base_constants(self.base)
-        check_number("gain", "in 0..1", gain)
+        base_constants(self.base)
         weights = self.forecast
         if weights is not None and not (weights.shape == (5, 6) and np.isfinite(weights).all()):
             raise ValueError(f"forecast must be 5 x 6 finite weights, got {weights.tolist()}")

@@ -23,6 +23,7 @@ from ndp_gym.outcome import Outcome
 from ndp_gym.plan import HBM, Plan
 from ndp_gym.planners import Copies, Facts, Guesses, Knobs, Nudges, balance, constants_of, facts_of
 from ndp_gym.quality import QualityModel, layer_weights
+from ndp_gym.rules import check_number
 from ndp_gym.specs import MoESpec, Service, SystemSpec
 from ndp_gym.speeds import GAIN, LaneSpeeds, scaled
 
@@ -58,10 +59,11 @@ def base_constants(base: Mapping[str, float]) -> tuple[Knobs, Blend, float]:
     """Planner, forecast and gain of the speeds with the constants ``base`` by name.
 
     Raises:
-        ValueError: a constant does not exist.
+        ValueError: a constant does not exist or is not in its range.
     """
     constants = {"gain": GAIN, **base}
     gain = constants.pop("gain")
+    check_number("gain", "in 0..1", gain)
     return *constants_of(constants), gain
 
 

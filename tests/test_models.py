@@ -126,7 +126,7 @@ def test_the_page_counts_where_agents_are_above_and_below() -> None:
     assert re.search(r"^\| b \| 2 x 8, 2 ", text, re.M)
     assert "| a | 4, 525 | - | +0.1250 | - | - |" in text
     assert "| a | +0.0000 (-0.0100 to +0.0100) | - | - | - |" in text
-    assert f"({updates_of(SIZES)} updates)" in text
+    assert f"(as few as {updates_of(SIZES)} updates)" in text
     assert "opened 1 times" in text
 
 

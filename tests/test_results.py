@@ -1,5 +1,6 @@
 """The comparison of agents and heuristics: resamples by hand, curves, and what the page says."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from train.results.fronts import (
     gains_at_budgets,
 )
 from train.results.measure import Run, run, shares_of
+from train.results.opened import command_of
 from train.results.page import page
 from train.results.regret import Sample, regret_of
 from train.results.resampling import Resampling, frontier, interval
@@ -222,6 +224,7 @@ def test_one_training_seed_has_a_row_but_no_spread() -> None:
     [
         (["--split", "val"], "--out must name another page than docs/results.md"),
         (["--agents", "nowhere", "--out", "x.md"], "nowhere: no such folder"),
+        (["--episodes", "0"], "episodes must be a whole number >= 1, got 0"),
         (["--sections", "warm"], "a section must be one of fix, rand, hidden, drift"),
     ],
 )
@@ -273,3 +276,15 @@ def test_agents_are_found_as_files_and_as_runs(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     found = Folders(agents=tmp_path).agent_files("rand")
     assert found == [tmp_path / "rand_0.json", tmp_path / "rand_1/best.json"]
+
+
+def test_the_command_of_a_page_leaves_out_what_is_of_one_machine() -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.x")
+    parser.add_argument("--why", default="")
+    parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--folder", type=Path)
+    args = parser.parse_args(
+        ["--folder", "/somewhere", "--why", "a b", "--jobs", "1", "--windows", "6"]
+    )
+    assert command_of(parser, args) == "python -m train.x --why 'a b'"

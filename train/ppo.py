@@ -64,7 +64,7 @@ class Args(Setting):
     init: str | None = None
     """agent to start from, by path or shipped name (default: a new network)"""
     n_windows: int = 16_000
-    """decode windows to train on, all copies together"""
+    """decode windows to train on, all copies together; rounded up to whole updates"""
     eval_every: int = 4_096
     """windows between two evaluations and checkpoints"""
     n_lanes: int = 16

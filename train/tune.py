@@ -99,7 +99,7 @@ class Args(Setting):
     ] = "balance"
     """what is tuned"""
     n_windows: int = 16_000
-    """decode windows that each tuning may replay"""
+    """decode windows that each tuning may replay; one generation at least"""
     n_tunings: int = 5
     """tunings, with seeds from --seed on"""
     population: int = 16

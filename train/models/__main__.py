@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -18,15 +17,15 @@ from train.models.agents import Sizes, train_agent, trained_on
 from train.models.evaluate import evaluate
 from train.models.page import page
 from train.models.recordings import DEFAULT, Recording, make, source_files
-from train.results.opened import note_opening, openings
+from train.results.opened import command_of, note_opening, openings
 
 OPENED = Path(__file__).with_name("opened.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all of it."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     titles = args.models.split(",")
     try:
         for title in titles:
@@ -48,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             noted = note_opening(OPENED, commit, args.why)
         score = partial(evaluate, agents=agents, split=args.split, n_episodes=args.episodes)
         lines = list(pool.map(score, recordings))
-    command = shlex.join(["python", "-m", "train.models", *argv])
-    text = page(lines, sizes, command, args.split, args.episodes, noted, commit)
+    text = page(lines, sizes, command_of(parser, args), args.split, args.episodes, noted, commit)
     write_whole(args.out, text)
     print(f"wrote {args.out}")
     return 0

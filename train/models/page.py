@@ -40,8 +40,8 @@ which were tuned on the bundled recording and see none of these. *untuned*: its 
 own says of popularity, and of which experts go together, it is told like everybody. *forecast
 alone*: an agent without its network, which leaves the planner and the fitted forecast of routing.
 Every agent has one training seed ({seed}) and {windows:,} decode windows over all its recordings,
-in which networks hardly move ({updates} updates); its best checkpoint was picked on val. All
-policies decode the same {episodes} {split} episodes of at most 64 windows;
+in which networks hardly move (as few as {updates} updates); its best checkpoint was picked on val.
+All policies decode the same {episodes} {split} episodes of at most 64 windows;
 95 % intervals resample episodes and conversations, paired (pigeonhole bootstrap), and do not know
 how another training seed would do.
 

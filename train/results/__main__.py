@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -11,12 +10,13 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+from ndp_gym.inputs import check_integer
 from ndp_gym.provenance import git_commit
 from ndp_gym.report import check_writable, write_whole
 from ndp_gym.reward import QUALITY_WEIGHTS
 from train.results.conditions import SECTIONS, Measured, measure
 from train.results.contenders import Folders
-from train.results.opened import note_opening, openings
+from train.results.opened import command_of, note_opening, openings
 from train.results.page import TITLES, page
 from train.results.pictures import learning_curves
 
@@ -26,8 +26,8 @@ PAGE = Path("docs/results.md")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = _parsed(argv)
+    parser = _parser()
+    args = _parsed(parser, argv)
     folders, sections = Folders(args.agents, args.tunings), args.sections.split(",")
     out = args.out or PAGE
     commit = git_commit()
@@ -41,15 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         measured: list[Measured] = list(pool.map(job, sections))
     drawn = [section for section in sections if ":" not in section]
     write_whole(out.parent / "img/results-learning.svg", learning_curves(drawn, folders))
-    command = shlex.join(["python", "-m", "train.results", *argv])
+    command = command_of(parser, args)
     write_whole(out, page(measured, args.split, noted, commit, command, folders))
     print(f"wrote {out}")
     return 0
 
 
-def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; ends the program with one sentence where one is wrong."""
-    parser = _parser()
     args = parser.parse_args(argv)
     for section in args.sections.split(","):
         conditions, colon, weight = section.partition(":")
@@ -65,8 +64,10 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
         if not folder.is_dir():
             parser.error(f"{folder}: no such folder")
     try:
+        for name, least in (("episodes", 1), ("regret_windows", 0), ("jobs", 1)):
+            check_integer(name, getattr(args, name), least=least)
         check_writable(args.out or PAGE)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     return args
 

@@ -5,7 +5,9 @@ And the last section of a page, which says so.
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +39,19 @@ def note_opening(path: Path, commit: str | None, why: str) -> list[Opening]:
     noted = [*openings(path), Opening(date=today, commit=commit, why=why)]
     write_whole(path, json.dumps(noted, indent=1) + "\n")
     return noted
+
+
+def command_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """What made a page: options that are not the defaults, less what is of one machine alone.
+
+    That are paths and the number of processes.
+    """
+    words = parser.prog.split()
+    for name, value in vars(args).items():
+        is_own = isinstance(value, Path) or name == "jobs"
+        if value != parser.get_default(name) and not is_own:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
 def table(noted: list[Opening]) -> list[str]:
