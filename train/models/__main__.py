@@ -10,6 +10,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+from ndp_gym.cli import Parser
 from ndp_gym.provenance import git_commit
 from ndp_gym.report import write_whole
 from train.findings.recordings import default_folder
@@ -67,7 +68,7 @@ def _train(pool: Executor, recordings: list[Recording], out: Path, sizes: Sizes)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m train.models", description=__doc__)
+    parser = Parser(prog="python -m train.models", description=__doc__)
     add = partial(parser.add_argument, metavar="X")
     add("--models", default=",".join(DEFAULT), help="titles, commas between (%(default)s)")
     add("--recordings", type=Path, default=default_folder(), help="folder of third-party files")

@@ -10,6 +10,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+from ndp_gym.cli import Parser
 from ndp_gym.inputs import check_integer
 from ndp_gym.provenance import git_commit
 from ndp_gym.report import check_writable, write_whole
@@ -73,7 +74,7 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m train.results", description=__doc__)
+    parser = Parser(prog="python -m train.results", description=__doc__)
     add = partial(parser.add_argument, metavar="X")
     add("--sections", default=",".join(SECTIONS),
         help="conditions, with :speed or :quality another weight (%(default)s)")  # fmt: skip
