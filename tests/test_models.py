@@ -7,24 +7,29 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ndp_gym.agent_file import load_agent
 from ndp_gym.inputs import bundled_trace_path
 from ndp_gym.trace import RoutingTrace, TraceMetadata
+from policies.all_far import AllFar
+from policies.balance import Balance
+from policies.tuned import read_tuning
 from tests.toy_evaluation import requests_of
 from train.models import agents
 from train.models.__main__ import main
-from train.models.agents import Sizes, train_agent, trained_on, updates_of
+from train.models.agents import Sizes, train_agents, trained_on, updates_of
 from train.models.evaluate import (
     FORECAST,
     LEFT_OUT,
     LEFT_OUT_FORECAST,
     OWN,
     PLANNER,
-    REFITTED,
     SHARED,
     UNTUNED,
     Line,
     compared,
     evaluate,
+    held_out_tasks,
+    on_held_out,
 )
 from train.models.page import page
 from train.models.recordings import Recording, prepared, profile_of
@@ -33,7 +38,7 @@ from train.results.measure import Run
 from train.results.opened import Opening
 from train.results.resampling import Resampling
 
-SIZES = Sizes(n_windows=64, seed=3)
+SIZES = Sizes(n_windows=64, seeds=(3, 4))
 
 
 def recording(title: str, n_experts: int = 8, **changes: Any) -> Recording:
@@ -92,41 +97,47 @@ def constant(level: float) -> Run:
 
 def test_gains_are_over_the_tuned_planner() -> None:
     resampling = Resampling([np.full((n, 2), 0.5) for n in (2, 1)])
-    levels = {PLANNER: 1.0, UNTUNED: 0.75, OWN: 1.5, SHARED: 1.25}
+    levels = {PLANNER: [1.0], UNTUNED: [0.75], OWN: [1.25, 1.75], SHARED: [1.0, 1.5]}
     planner, gains, shared = compared(
-        {name: constant(level) for name, level in levels.items()}, resampling
+        {name: [constant(level) for level in each] for name, each in levels.items()}, resampling
     )
     assert planner == 1.0
     assert {name: gain.value for name, gain in gains.items()} == {
         UNTUNED: -0.25, OWN: 0.5, SHARED: 0.25,
     }  # fmt: skip
-    assert shared == pytest.approx((-0.25, -0.25, -0.25))
+    assert gains[UNTUNED] == pytest.approx((-0.25, -0.25, -0.25))
+    assert (gains[OWN].low, gains[OWN].high) == (0.25, 0.75)  # one seed or the other, twice
+    assert shared == pytest.approx((-0.25, -0.25, -0.25))  # seeds are drawn together
 
 
-def line(title: str, own: float, shared: float, left_out: float, **changes: Any) -> Line:
+def line(title: str, section: str, own: float, shared: float, left_out: float, **to: Any) -> Line:
     sure = {OWN: own, SHARED: shared, LEFT_OUT: left_out, UNTUNED: 0.0, FORECAST: 0.0}
     gains = {name: Gain(value, value - 0.01, value + 0.01) for name, value in sure.items()}
     less = Gain(shared - own, 0.0, 0.0)
-    return Line(recording(title, **changes), 64, 24, 0.5, gains, less, {OWN: 0.125}, (4, 525))
+    real = {OWN: 0.125} if section == "rand" else None
+    return Line(recording(title, **to), section, 64, 24, 0.5, gains, less, real, (4, 525))
 
 
 def test_the_page_counts_where_agents_are_above_and_below() -> None:
     lines = [
-        line("a", 0.03, 0.025, -0.02), line("b", 0.03, 0.0, 0.005, held_out=None),
+        line("a", "rand", 0.03, 0.025, -0.02), line("b", "rand", 0.03, 0.0, 0.005, held_out=None),
+        line("a", "drift", 0.0, 0.0, 0.02), line("b", "drift", 0.0, 0.0, 0.0, held_out=None),
     ]  # fmt: skip
     noted = [Opening(date="2026-01-01", commit=None, why="x")]
     text = page(lines, SIZES, "python -m train.models", "test", 16, noted, None)
-    assert "The own agent against the planner: above it on 2 of 2 models, no difference" in text
-    assert (
-        "The left-out agent against the planner: above it on 0 of 2 models, below it on a, "
-        "no difference shown on 1." in text
-    )
-    assert "is within 0.01 of the own one on 1 of 2 models; not on b." in text
-    assert re.search(r"^\| a \(synthetic\) \| 2 x 8, 2 \| 24, 64 \| 0\.5000 \| ", text, re.M)
+    assert "|  | `rand` | `drift` |" in text
+    assert "| own agent | 2 / 0 / 0 | 0 / 2 / 0 |" in text
+    assert "| left-out agent | 0 / 1 / 1 | 1 / 1 / 0 |" in text
+    assert "- `rand`: the left-out agent is below the planner on a." in text
+    assert text.count("below the planner on") == 1
+    assert "is within 0.01 of the own one in 3 of 4 cases; not of b (`rand`)." in text
+    assert re.search(r"^\| a \(synthetic\) \| 2 x 8, 2 \| 24 \|$", text, re.M)
     assert re.search(r"^\| b \| 2 x 8, 2 ", text, re.M)
+    assert text.count("| a | 64 | 0.5000 | +0.0000 (-0.0100 to +0.0100) |") == 2
     assert "| a | 4, 525 | - | +0.1250 | - | - |" in text
-    assert "| a | +0.0000 (-0.0100 to +0.0100) | - | - | - |" in text
-    assert f"(as few as {updates_of(SIZES)} updates)" in text
+    assert "| a | +0.0000 (-0.0100 to +0.0100) | - | - |" in text
+    assert f"(as few as {updates_of(SIZES)} updates)" in " ".join(text.split())
+    assert "with 2 seeds, for 64 decode windows" in " ".join(text.split())
     assert "opened 1 times" in text
 
 
@@ -135,29 +146,54 @@ def test_the_page_counts_where_agents_are_above_and_below() -> None:
     [
         (["--models", "Nobody"], "a model must be one of Mixtral-8x7B, .*, got 'Nobody'"),
         (["--recordings", "nowhere"], "Mixtral-8x7B needs .* below nowhere, which has none"),
+        (["--sections", "fix,rnd"], "a section must be one of fix, .*, got 'rnd'"),
+        (["--seeds", "0,0"], "seeds must be different whole numbers, .*, got '0,0'"),
+        (["--episodes", "0"], "episodes must be .* 1, got 0"),
     ],
 )
 def test_what_is_not_there_is_one_sentence(
     argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(argv) == 2
-    assert re.fullmatch(said + "\n", capsys.readouterr().err)
+    with pytest.raises(SystemExit) as left:
+        main(argv)
+    assert left.value.code == 2
+    assert re.fullmatch(f"python -m train.models: {said} .*\n", capsys.readouterr().err)
 
 
-def test_an_agent_is_trained_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agents_are_trained_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.ppo.fit_weights", lambda *args: None)
     monkeypatch.setattr(agents, "LANES", 2)
     monkeypatch.setattr(agents, "N_STEPS", 8)
     monkeypatch.setattr(agents, "VAL_EPISODES", 2)
     monkeypatch.setattr("train.models.evaluate.EPISODE_WINDOWS", 8)
-    mine = Recording("bundled", bundled_trace_path(), None, None, (8, 64, 6))
-    best, _ = train_agent("own_bundled", [mine], tmp_path, Sizes(n_windows=16, seed=3))
-    assert "windows" in (tmp_path / "own_bundled/log.txt").read_text()
-    files = {"own_bundled": best, "without_bundled": best}
-    found = evaluate(mine, files, "val", 1)
-    assert found.gains.keys() == {UNTUNED, OWN, FORECAST, LEFT_OUT, LEFT_OUT_FORECAST, REFITTED}
+    path = bundled_trace_path()
+    mine = Recording("bundled", path, None, None, (8, 64, 6))
+    best, _ = train_agents("own_bundled", [mine], tmp_path, 16, 3, ["rand", "hidden"])
+    assert list(best) == ["rand", "hidden"]
+    assert "windows" in (tmp_path / "hidden/own_bundled_3/log.txt").read_text()
+    for conditions, file in best.items():
+        card = load_agent(file)
+        assert card.base == read_tuning(f"balance_feedback_{conditions}")[1]["constants"]
+    names = "own_bundled", "without_bundled"
+    files = {("rand", name): [best["rand"], best["hidden"]] for name in names}
+    found = evaluate(mine, "rand:quality", files, "val", 1)  # with the agents of rand
+    assert found.gains.keys() == {UNTUNED, OWN, FORECAST, LEFT_OUT, LEFT_OUT_FORECAST}
     assert found.gains[LEFT_OUT_FORECAST] == found.gains[FORECAST]
-    assert found.gains[REFITTED] == found.gains[OWN]
+    assert found.gains[LEFT_OUT] == found.gains[OWN]
     assert found.gains[FORECAST].value == pytest.approx(0.0, abs=1e-3)  # nothing was fitted
     assert found.shared is None
     assert found.real is None
+
+
+def test_real_halves_are_run_with_the_profile_of_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.models.evaluate.EPISODE_WINDOWS", 2)
+    path = bundled_trace_path()
+    profile = profile_of(path)
+    tasks = held_out_tasks(path, profile, 1)
+    assert tasks[0].profile is profile
+    policies = {PLANNER: [AllFar()], UNTUNED: [AllFar()], OWN: [AllFar(), Balance()]}
+    alone = on_held_out(tasks, {PLANNER: [AllFar()], OWN: [Balance()]})[OWN]
+    assert alone > 0
+    assert on_held_out(tasks, policies) == pytest.approx({UNTUNED: 0.0, OWN: alone / 2})

@@ -12,9 +12,6 @@ from pathlib import Path
 from train.models.recordings import Recording
 from train.ppo import Args, train
 
-BASE = "balance_feedback_rand"
-"""The shipped tuning that all agents bend; found on the bundled recording."""
-
 ALL = "all"
 MINIBATCHES = 8  # of an update: as many gradient steps whatever the number of layers
 N_STEPS = 32
@@ -24,15 +21,20 @@ VAL_EPISODES = 8  # likewise
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What a run has: decode windows over all its recordings, and a seed."""
+    """What is trained: decode windows of an agent over all its recordings, and seeds."""
 
     n_windows: int
-    seed: int
+    seeds: tuple[int, ...]
 
 
 def updates_of(sizes: Sizes) -> int:
     """Fewest updates of a network: those of an agent of one recording."""
     return -(-sizes.n_windows // (N_STEPS * LANES))
+
+
+def base_of(conditions: str) -> str:
+    """The shipped tuning that agents of these conditions bend; found on the bundled recording."""
+    return f"balance_feedback_{conditions}"
 
 
 def own(recording: Recording) -> str:
@@ -63,29 +65,39 @@ def _cost(recordings: Sequence[Recording]) -> float:
     return sum(each.shape[0] * each.shape[1] for each in recordings) / len(recordings)
 
 
-def train_agent(
-    name: str, recordings: Sequence[Recording], out: Path, sizes: Sizes
-) -> tuple[Path, float]:
-    """Train one agent anew into ``out / name`` -> its file, seconds. PPO's words go to a log there.
+def train_agents(
+    name: str,
+    recordings: Sequence[Recording],
+    out: Path,
+    n_windows: int,
+    seed: int,
+    conditions: Sequence[str],
+) -> tuple[dict[str, Path], float]:
+    """Train one agent anew under each of ``conditions`` -> their files, seconds.
+
+    PPO's words go to a log in the folder of the agent, ``out / conditions / name_seed``. A forecast
+    does not depend on conditions, so that one process fits it once.
 
     Raises:
         ValueError: a path has a comma, which separates recordings.
     """
-    folder, start = out / name, time.monotonic()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    n, paths = len(recordings), [str(each.path) for each in recordings]
+    start, paths = time.monotonic(), [str(each.path) for each in recordings]
     if any("," in path for path in paths):
         raise ValueError(f"paths of recordings must have no comma, got {paths}")
+    n = len(recordings)
     n_lanes = max(2, LANES // n)
     n_samples = N_STEPS * n_lanes * sum(each.shape[0] for each in recordings)
-    args = Args(
-        out=str(folder), trace=",".join(paths), seed=sizes.seed,
-        conditions="rand", base=BASE, n_windows=sizes.n_windows,
-        eval_every=max(1, sizes.n_windows // 2), n_lanes=n_lanes, n_steps=N_STEPS,
-        minibatch=n_samples // MINIBATCHES, val_episodes=max(2, VAL_EPISODES // n),
-        wandb="disabled",
-    )  # fmt: skip
-    with (folder / "log.txt").open("w") as log, redirect_stdout(log):
-        best = train(args)
-    return best, time.monotonic() - start
+    found = {}
+    for each in conditions:
+        folder = out / each / f"{name}_{seed}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        args = Args(
+            out=str(folder), trace=",".join(paths), seed=seed, conditions=each, base=base_of(each),
+            n_windows=n_windows, eval_every=n_windows, n_lanes=n_lanes, n_steps=N_STEPS,
+            minibatch=n_samples // MINIBATCHES, val_episodes=max(2, VAL_EPISODES // n),
+            wandb="disabled",
+        )  # fmt: skip
+        with (folder / "log.txt").open("w") as log, redirect_stdout(log):
+            found[each] = train(args)
+    return found, time.monotonic() - start

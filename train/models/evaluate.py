@@ -1,13 +1,14 @@
-"""One recording: the planner alone, its own agent, that of all models, one that never saw it."""
+"""One recording: the planner alone, its own agents, those of all models, some that never saw it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ndp_gym.agent_file import load_agent
 from ndp_gym.policy import Policy
@@ -17,7 +18,7 @@ from policies.agent import LayerAgent, without_network
 from policies.all_far import AllFar
 from policies.balance_feedback import BalanceFeedback
 from policies.tuned import tuned
-from train.models.agents import ALL, BASE, own, without
+from train.models.agents import ALL, base_of, own, without
 from train.models.recordings import Recording, profile_of
 from train.results.fronts import Gain
 from train.results.measure import Run, run, shares_of
@@ -28,26 +29,32 @@ EPISODE_SEED = 30_000  # no other script draws episodes with it
 PLANNER, UNTUNED, OWN, SHARED, LEFT_OUT = (
     "planner", "untuned", "own agent", "all-models agent", "left-out agent",
 )  # fmt: skip
-FORECAST, SHARED_FORECAST, LEFT_OUT_FORECAST, REFITTED = (
+FORECAST, SHARED_FORECAST, LEFT_OUT_FORECAST = (
     "own forecast alone", "all-models forecast alone", "left-out forecast alone",
-    "left-out agent with the own forecast",
 )  # fmt: skip
+REAL = "rand"
+"""The section under which the halves that were held out are run."""
+
+Files = Mapping[tuple[str, str], Sequence[Path]]
+"""Agents by the conditions that they were trained under and their name, a file per seed."""
 
 
 class Line(NamedTuple):
-    """What is said about one recording.
+    """What is said about one recording in one section.
 
     Attributes:
         recording: it.
+        section: conditions, with the name of a quality weight where that is another one.
         n_windows, n_conversations: of the evaluation.
         planner: reward of the tuned planner.
         gains: reward of the others over it, by policy.
-        shared: reward of the all-models agent over the own one, where there is such an agent.
+        shared: reward of the all-models agents over the own ones, where there are such agents.
         real: reward over the planner's on the half that was held out, by policy; no intervals.
         n_real: requests and decode tokens of that half.
     """
 
     recording: Recording
+    section: str
     n_windows: int
     n_conversations: int
     planner: float
@@ -57,71 +64,92 @@ class Line(NamedTuple):
     n_real: tuple[int, int]
 
 
-def evaluate(recording: Recording, agents: Mapping[str, Path], split: str, n_episodes: int) -> Line:
-    """All policies over the same episodes, drawn under ``rand``; ``agents`` are files by name."""
-    policies = _policies(recording, agents)
+def trained_under(section: str) -> str:
+    """Conditions of a section's agents: at another quality weight, those that saw all weights."""
+    conditions, _, weight = section.partition(":")
+    return "rand" if weight else conditions
+
+
+def evaluate(
+    recording: Recording, section: str, agents: Files, split: str, n_episodes: int
+) -> Line:
+    """All policies over the same episodes, drawn under the conditions of ``section``."""
+    policies = _policies(recording, agents, trained_under(section))
+    conditions, _, weight = section.partition(":")
     tasks = condition_tasks(
-        recording.path, conditions="rand", split=split, n_episodes=n_episodes,
-        max_windows=EPISODE_WINDOWS, seed=EPISODE_SEED,
+        recording.path, conditions=conditions, split=split, n_episodes=n_episodes,
+        max_windows=EPISODE_WINDOWS, seed=EPISODE_SEED, quality_weight=weight or "balanced",
     )  # fmt: skip
     shares = shares_of(AllFar(), tasks)
-    runs = {name: run(policy, tasks) for name, policy in policies.items()}
+    runs = {name: [run(policy, tasks) for policy in each] for name, each in policies.items()}
     planner, gains, shared = compared(runs, Resampling(shares))
-    real, n_real = _on_held_out(recording, policies, n_episodes)
+    real, n_real = None, (0, 0)
+    if section == REAL and recording.held_out is not None and recording.fitted is not None:
+        held_out = held_out_tasks(recording.held_out, profile_of(recording.fitted), n_episodes)
+        real = on_held_out(held_out, policies)
+        requests = held_out[0].trace.requests
+        n_real = len(requests), int(requests.n_decode.sum())
     n_windows = sum(len(each) for each in shares)
-    return Line(recording, n_windows, shares[0].shape[1], planner, gains, shared, real, n_real)
+    print(f"{recording.title}, {section}: {len(policies)} policies", flush=True)
+    return Line(
+        recording, section, n_windows, shares[0].shape[1], planner, gains, shared, real, n_real
+    )
 
 
 def compared(
-    runs: Mapping[str, Run], resampling: Resampling
+    runs: Mapping[str, Sequence[Run]], resampling: Resampling
 ) -> tuple[float, dict[str, Gain], Gain | None]:
-    """Reward of the planner, that of the others over it, and of the shared over the own agent."""
-    rewards = {name: resampling.means(each.reward) for name, each in runs.items()}
+    """Reward of the planner, that of the others over it, and of the shared over the own agents.
+
+    ``runs`` are one per training seed; seeds are resampled too.
+    """
+    rewards = {
+        name: resampling.means_over_seeds([one.reward for one in each])
+        if len(each) > 1 else resampling.means(each[0].reward)
+        for name, each in runs.items()
+    }  # fmt: skip
     planner = rewards.pop(PLANNER)
     gains = {name: Gain.of(reward - planner) for name, reward in rewards.items()}
     shared = Gain.of(rewards[SHARED] - rewards[OWN]) if SHARED in rewards else None
     return float(planner[0]), gains, shared
 
 
-def _policies(recording: Recording, agents: Mapping[str, Path]) -> dict[str, Policy]:
-    mine = load_agent(agents[own(recording)])
-    found: dict[str, Policy] = {
-        PLANNER: tuned(BASE),
-        UNTUNED: BalanceFeedback(),
-        OWN: LayerAgent.of(mine),
-        FORECAST: LayerAgent.of(without_network(mine)),
+def _policies(recording: Recording, agents: Files, conditions: str) -> dict[str, list[Policy]]:
+    """By row: one policy, or one per training seed; of forecasts that of the first seed."""
+    found: dict[str, list[Policy]] = {
+        PLANNER: [tuned(base_of(conditions))],
+        UNTUNED: [BalanceFeedback()],
     }
     for label, alone, name in (
-        (SHARED, SHARED_FORECAST, ALL), (LEFT_OUT, LEFT_OUT_FORECAST, without(recording)),
-    ):  # fmt: skip
-        if name in agents:
-            other = load_agent(agents[name])
-            found[label] = LayerAgent.of(other)
-            found[alone] = LayerAgent.of(without_network(other))
-            if label == LEFT_OUT:
-                found[REFITTED] = LayerAgent.of(replace(other, forecast=mine.forecast))
+        (OWN, FORECAST, own(recording)),
+        (SHARED, SHARED_FORECAST, ALL),
+        (LEFT_OUT, LEFT_OUT_FORECAST, without(recording)),
+    ):
+        if files := agents.get((conditions, name)):
+            loaded = [load_agent(path) for path in files]
+            found[label] = [LayerAgent.of(agent) for agent in loaded]
+            found[alone] = [LayerAgent.of(without_network(loaded[0]))]
     return found
 
 
-def _on_held_out(
-    recording: Recording, policies: Mapping[str, Policy], n_episodes: int
-) -> tuple[dict[str, float] | None, tuple[int, int]]:
-    """Mean reward over the planner's on the real half, whose profile is that of the other half."""
-    if recording.held_out is None or recording.fitted is None:
-        return None, (0, 0)
-    profile = profile_of(recording.fitted)
-    tasks: list[Task] = [
-        replace(task, profile=profile, profile_source=f"the other half of {recording.title}")
+def held_out_tasks(path: Path, profile: NDArray[np.float64], n_episodes: int) -> list[Task]:
+    """Episodes on a real half, whose ``profile`` [L, E] is that of the other half."""
+    return [
+        replace(task, profile=profile, profile_source="the other half of the recording")
         for task in condition_tasks(
-            recording.held_out, conditions="rand", split="test", n_episodes=n_episodes,
+            path, conditions=REAL, split="test", n_episodes=n_episodes,
             max_windows=EPISODE_WINDOWS, seed=EPISODE_SEED,
         )
     ]  # fmt: skip
+
+
+def on_held_out(
+    tasks: Sequence[Task], policies: Mapping[str, Sequence[Policy]]
+) -> dict[str, float]:
+    """Mean reward over the planner's."""
     means = {
-        name: float(np.concatenate(run(policy, tasks).reward).mean())
-        for name, policy in policies.items()
+        name: float(np.mean([np.concatenate(run(one, tasks).reward).mean() for one in each]))
+        for name, each in policies.items()
     }
     planner = means.pop(PLANNER)
-    requests = tasks[0].trace.requests
-    gains = {name: mean - planner for name, mean in means.items()}
-    return gains, (len(requests), int(requests.n_decode.sum()))
+    return {name: mean - planner for name, mean in means.items()}

@@ -14,11 +14,10 @@ from ndp_gym.cli import Parser
 from ndp_gym.inputs import check_integer
 from ndp_gym.provenance import git_commit
 from ndp_gym.report import check_writable, write_whole
-from ndp_gym.reward import QUALITY_WEIGHTS
-from train.results.conditions import SECTIONS, Measured, measure
+from train.results.conditions import SECTIONS, Measured, measure, sections_of
 from train.results.contenders import Folders
 from train.results.opened import command_of, note_opening, openings
-from train.results.page import TITLES, page
+from train.results.page import page
 from train.results.pictures import learning_curves
 
 OPENED = Path(__file__).with_name("opened.json")
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison."""
     parser = _parser()
     args = _parsed(parser, argv)
-    folders, sections = Folders(args.agents, args.tunings), args.sections.split(",")
+    folders, sections = Folders(args.agents, args.tunings), sections_of(args.sections)
     out = args.out or PAGE
     commit = git_commit()
     is_test = args.split == "test"
@@ -51,13 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; ends the program with one sentence where one is wrong."""
     args = parser.parse_args(argv)
-    for section in args.sections.split(","):
-        conditions, colon, weight = section.partition(":")
-        if conditions not in TITLES or (colon and weight not in QUALITY_WEIGHTS):
-            parser.error(
-                f"a section must be one of {', '.join(TITLES)}, alone or with one of "
-                f":{', :'.join(QUALITY_WEIGHTS)}, got {section!r}"
-            )
     is_own = Folders(args.agents, args.tunings) != Folders()
     if args.out is None and (args.split != "test" or is_own):
         parser.error(f"--out must name another page than {PAGE} for a trial or for your own files")
@@ -65,6 +57,7 @@ def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
         if not folder.is_dir():
             parser.error(f"{folder}: no such folder")
     try:
+        sections_of(args.sections)
         for name, least in (("episodes", 1), ("regret_windows", 0), ("jobs", 1)):
             check_integer(name, getattr(args, name), least=least)
         check_writable(args.out or PAGE)

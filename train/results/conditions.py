@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ndp_gym.conditions import CONDITIONS
 from ndp_gym.policy import resolve
+from ndp_gym.reward import QUALITY_WEIGHTS
 from ndp_gym.rollout import Task
 from ndp_gym.scenarios import condition_tasks
 from policies.agent import LayerAgent
@@ -41,6 +43,23 @@ EPISODE_SEED = 20_000  # no other script draws test episodes with it
 VAL_EPISODES = 16  # drawn to choose the best heuristic at another quality weight
 OTHERS = ("all_far", "ema", "oracle_balance")
 AGENTS, FORECAST = "layer agents", "forecast alone"
+
+
+def sections_of(text: str) -> list[str]:
+    """Sections by name, commas between.
+
+    Raises:
+        ValueError: there are no such conditions, or no such quality weight.
+    """
+    sections = text.split(",")
+    for section in sections:
+        conditions, colon, weight = section.partition(":")
+        if conditions not in CONDITIONS or (colon and weight not in QUALITY_WEIGHTS):
+            raise ValueError(
+                f"a section must be one of {', '.join(CONDITIONS)}, alone or with one of "
+                f":{', :'.join(QUALITY_WEIGHTS)}, got {section!r}"
+            )
+    return sections
 
 
 class Row(NamedTuple):

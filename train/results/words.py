@@ -20,7 +20,7 @@ def summary(measured: Sequence[Measured]) -> Iterator[str]:
             yield f"- `{each.section}`: no agents."
             continue
         yield (
-            f"- `{each.section}`: layer agents ({_seeds(agents.n_seeds)}) against "
+            f"- `{each.section}`: layer agents ({seeds_of(agents.n_seeds)}) against "
             f"`{each.best}`: reward {gain_of(agents.gain)}, throughput at equal ΔNLL "
             f"{percent_of(agents.equal)}; {_verdict(agents.gain, each.spread)}."
         )
@@ -69,7 +69,8 @@ def percent_of(gain: Gain) -> str:
     return f"{gain.value:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
 
 
-def _seeds(n: int) -> str:
+def seeds_of(n: int) -> str:
+    """The number of training seeds in words."""
     return "1 seed" if n == 1 else f"{n} seeds"
 
 
