@@ -10,7 +10,9 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
+from multiprocessing import get_context
 from typing import Any
 
 _noted = threading.Event()
@@ -62,3 +64,17 @@ def held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def processes(n: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes that end without a word on Ctrl-C, and no new task once the block is left.
+
+    A task that notes Ctrl-C itself (`noted`) is ended by that.
+    """
+    ended_by_signal = signal.SIGINT, signal.SIG_DFL
+    pool = ProcessPoolExecutor(n, get_context("spawn"), signal.signal, ended_by_signal)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)

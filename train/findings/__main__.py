@@ -8,25 +8,36 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
+from ndp_gym.cli import Parser, run_command
 from ndp_gym.report import write_whole
 from train.findings.measure import BATCH_SIZES, SYSTEMS, Found, measure
 from train.findings.necessity import BATCH_SIZE, Necessity, necessity
 from train.findings.page import Run, page
 from train.findings.recordings import Recording, default_folder, missing, recordings
+from train.interrupts import processes
 
 QUICK_WINDOWS, MAX_WINDOWS = 8, 512
+PROGRAM = "python -m train.findings"
 OUT, QUICK_OUT = Path("docs/findings.md"), Path("runs/findings.md")
 
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all conditions in worker processes and write the page."""
-    args = _arguments(argv)
+    """The exit code; see `ndp_gym.cli.run_command`."""
+    return run_command(PROGRAM, _arguments(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure all conditions in worker processes and write the page.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
     started = time.monotonic()
     for absent in missing(args.recordings):
         print(f"SKIPPED: {absent} is not below {args.recordings}", file=sys.stderr)
@@ -34,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = list(recordings(args.recordings, Path(folder)))
         results = _run(_jobs(found, windows), args.jobs)
-    run = Run(
-        command="python -m train.findings" + (" --quick" if args.quick else ""),
+    facts = Run(
+        command=PROGRAM + (" --quick" if args.quick else ""),
         minutes=(time.monotonic() - started) / 60,
         jobs=args.jobs,
         quick=args.quick,
@@ -45,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_whole(
         out,
         page(
-            run,
+            facts,
             found,
             [r for r in results if isinstance(r, Found)],
             [r for r in results if isinstance(r, Necessity)],
@@ -56,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.findings", description=main.__doc__)
+    parser = Parser(prog=PROGRAM, description="Measure everything, write docs/findings.md.")
+    parser.set_defaults(func=run)
     add = parser.add_argument
     add("--quick", action="store_true", help=f"{QUICK_WINDOWS} windows a run, into {QUICK_OUT}")
     add("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: 2)")
@@ -81,7 +93,7 @@ def _jobs(found: Sequence[Recording], windows: int) -> list[Job]:
 def _run(jobs: Sequence[Job], n_processes: int) -> list[Any]:
     """Results in the order of ``jobs``; the last ones are started first, being the longest."""
     results: list[Any] = [None] * len(jobs)
-    with ProcessPoolExecutor(max_workers=n_processes) as pool:
+    with processes(n_processes) as pool:
         futures = {pool.submit(jobs[i][0], *jobs[i][1]): i for i in reversed(range(len(jobs)))}
         for done, future in enumerate(as_completed(futures), 1):
             index = futures[future]

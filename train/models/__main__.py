@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
-from ndp_gym.cli import Parser
+from ndp_gym.cli import Parser, run_command
 from ndp_gym.inputs import check_integer
 from ndp_gym.provenance import git_commit
 from ndp_gym.report import check_writable, write_whole
 from train.findings.recordings import default_folder
+from train.interrupts import processes
 from train.models.agents import Sizes, train_agents, trained_on
 from train.models.evaluate import evaluate, trained_under
 from train.models.page import page
@@ -25,30 +25,37 @@ from train.results.opened import command_of, note_opening, openings
 
 OPENED = Path(__file__).with_name("opened.json")
 PAGE = Path("docs/models.md")
+PROGRAM = "python -m train.models"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all of it."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    """The exit code; see `ndp_gym.cli.run_command`."""
+    args = _parser().parse_args(argv)
+    return run_command(PROGRAM, args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """All of it.
+
+    Raises:
+        ValueError: an option is out of range, or there is no such recording.
+        OSError: a file cannot be read or written.
+    """
     titles, out = args.models.split(","), args.out or PAGE
-    try:
-        sections, seeds = sections_of(args.sections), _seeds_of(args.seeds)
-        for name, least in (("windows", 0), ("episodes", 1), ("jobs", 1)):
-            check_integer(name, getattr(args, name), least=least)
-        for title in titles:
-            source_files(title, args.recordings)
-        check_writable(out)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    sections, seeds = sections_of(args.sections), _seeds_of(args.seeds)
+    for name, least in (("windows", 0), ("episodes", 1), ("jobs", 1)):
+        check_integer(name, getattr(args, name), least=least)
+    for title in titles:
+        source_files(title, args.recordings)
+    check_writable(out)
     if args.out is None and args.split != "test":
-        parser.error(f"--out must name another page than {PAGE} for a trial")
+        raise ValueError(f"--out must name another page than {PAGE} for a trial")
     commit, sizes = git_commit(), Sizes(n_windows=args.windows, seeds=seeds)
     args.runs.mkdir(parents=True, exist_ok=True)
     build = partial(
         make, folder=args.recordings, into=args.runs, n_requests=args.requests, n_tokens=args.tokens
     )
-    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+    with processes(args.jobs) as pool:
         recordings = list(pool.map(build, titles))
         print(f"{len(recordings)} recordings in {args.runs}", flush=True)
         agents = _train(pool, recordings, args.runs, sizes, sections)
@@ -58,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         score = partial(evaluate, agents=agents, split=args.split, n_episodes=args.episodes)
         pairs = list(product(sections, recordings))
         lines = list(pool.map(score, [each for _, each in pairs], [name for name, _ in pairs]))
-    text = page(lines, sizes, command_of(parser, args), args.split, args.episodes, noted, commit)
+    command = command_of(_parser(), args)
+    text = page(lines, sizes, command, args.split, args.episodes, noted, commit)
     write_whole(out, text)
     print(f"wrote {out}")
     return 0
@@ -91,7 +99,8 @@ def _seeds_of(text: str) -> tuple[int, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m train.models", description=__doc__)
+    parser = Parser(prog=PROGRAM, description=__doc__)
+    parser.set_defaults(func=run)
     add = partial(parser.add_argument, metavar="X")
     add("--models", default=",".join(DEFAULT), help="titles, commas between (%(default)s)")
     add("--recordings", type=Path, default=default_folder(), help="folder of third-party files")
