@@ -2,7 +2,7 @@
 
 A *filling* of a layer is a prefix of a ranking of its experts. The compiled loops
 (`ndp_gym.filling_loops`) evaluate every prefix of every ranking; they, and numba with them, are
-imported when the first plan is made. Seconds follow ``validation.md`` section 1 in expectation:
+imported when the first plan is made. Seconds follow ``docs/model.md`` section 3 in expectation:
 active experts are independent, and E max(G, N) uses the variance of G - N.
 """
 

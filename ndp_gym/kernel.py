@@ -28,7 +28,7 @@ IN_PLACE, FETCH_ALL, BALANCE = range(3)
 GLOBAL_SCOPE = 1
 COPIED = 16  # added to the width index of an expert copied on demand, see `_decide`
 NO_CACHE, LRU, LFU, FIFO = range(4)
-LOW_BITS = 2  # widths at which a super expert collapses (quantization.md section 0)
+LOW_BITS = 2  # widths at which a super expert collapses, docs/model.md section 6
 
 
 def empty_counts(n_steps: int, n_layers: int, n_experts: int, n_slots: int, top_k: int) -> Counts:

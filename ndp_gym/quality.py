@@ -1,7 +1,7 @@
 """From the error of the copies that served to the loss of the model.
 
 Relative weight error -> share of gate energy -> layer sensitivity -> ΔNLL in nats per token
-(``quantization.md`` sections 0 and 2). Perplexity and accuracy follow from ΔNLL; accuracy points
+(``docs/model.md`` section 6). Perplexity and accuracy follow from ΔNLL; accuracy points
 are a labelled estimate. Nothing is clamped: above :data:`VALID_DELTA_NLL` a result is outside the
 range that was fitted and has to be flagged by who reports it.
 """
@@ -18,10 +18,10 @@ VALID_DELTA_NLL = 1.5
 """Nats above which the linear form was never seen to hold."""
 
 SUPER_EXPERT_NATS = 0.8
-"""Nats lost when every super expert is served at 2 bit or less (a guess, quantization.md 0)."""
+"""Nats lost when every super expert is served at 2 bit or less (a guess)."""
 
 ACCURACY_POINTS_PER_NAT = 19.0
-"""Zero-shot accuracy points lost per nat (8-task mean of Mixtral, R2 .97, quantization.md 3b)."""
+"""Zero-shot accuracy points lost per nat (8-task mean of Mixtral, arXiv 2410.06270, R2 .97)."""
 
 ACCURACY_HEADROOM = 37.5
 """Points between full precision (71.3) and chance (33.8) of that mean."""
@@ -32,7 +32,7 @@ class QualityModel:
     """How relative error becomes nats.
 
     ``kappa`` is the loss in nats at relative error 1 (3.0 with ``mse_g128``, plausible 2-5; other
-    formats in ``quantization.md`` section 3b). ``table`` is a measured relative error per copy,
+    formats in ``docs/model.md`` section 6). ``table`` is a measured relative error per copy,
     [L, E, NB] in the order of ``system.stored_bits``; it replaces the format's numbers.
 
     Two models are equal if they have the same ``kappa`` and the same table object.
@@ -89,8 +89,8 @@ def rel_mse_table(
 def layer_weights(model: MoESpec) -> npt.NDArray[np.float64]:
     """Sensitivity of each routed layer, [L], summing to 1; read-only.
 
-    Default: weight 2 for the first four and the last two layers, else 1 (fit to Mixtral with 32
-    layers, ``quantization.md`` section 3b); ``model.layer_weights`` replaces it.
+    Default: weight 2 for the first four and the last two layers, else 1 (set by hand for five
+    perplexities of Mixtral, 32 layers); ``model.layer_weights`` replaces it.
     """
     if model.layer_weights is not None:
         weights = np.array(model.layer_weights, dtype=np.float64)

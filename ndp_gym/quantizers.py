@@ -1,6 +1,6 @@
 """Quantizers of weight matrices, and the relative error that they make.
 
-Data-free and group-wise (``quantization.md`` section 5, "mse" grid): every row of a matrix is cut
+Data-free and group-wise (``docs/model.md`` section 6): every row of a matrix is cut
 into groups along its input dimension, and each group has its own scale and zero point. From 2 bits
 on, the range of a group is shrunk by the factor in 0.3..1 (61 steps) that makes its squared error
 least; at 1 bit a group is stored as signs and one mean magnitude, since two levels at the extremes

@@ -61,7 +61,7 @@ def replay_cache(
     Order is token, then layer, then rank as recorded. Eviction rules: ``lru``; ``fifo``; ``lfu``
     drops an expert's count when it is evicted, ``lfu_perfect`` keeps it (both evict the least
     recently used of equal counts); ``min`` evicts the expert used latest in the future, which no
-    rule that admits every miss can beat (Belady 1966). Known answers: traces.md §7.
+    rule that admits every miss can beat (Belady 1966). Checked against libCacheSim 0.3.5.
 
     Args:
         trace: The recording; the rows replayed are checked first.

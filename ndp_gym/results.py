@@ -15,7 +15,7 @@ from ndp_gym.uncertainty import Study
 
 __all__ = ["QUALITY_BUDGETS", "AtQuality", "Condition", "EvaluationResult", "Row", "pareto_front"]
 
-QUALITY_BUDGETS = (0.01, 0.03, 0.1)  # nats, design.md §7
+QUALITY_BUDGETS = (0.01, 0.03, 0.1)  # nats, assumed
 ALL_HBM_POLICIES = ("all_hbm", "all_hbm_mixed")
 ALL_FAR4 = "all_far4"
 BASELINES = (ALL_FAR4, *ALL_HBM_POLICIES)

@@ -27,9 +27,9 @@ __all__ = ["Entry", "compare", "measured_row", "missing_row", "score_of"]
 
 MIN_BLOCKS = 8  # blocks of conversations actually run below which no interval is given
 FEW_BLOCKS = 16  # below which percentile intervals are noticeably too narrow
-SEED_NDP, SEED_NDP_MAX_BATCH = "seed_ndp", 12  # validation.md §6
+SEED_NDP, SEED_NDP_MAX_BATCH = "seed_ndp", 12  # docs/model.md section 8
 LOW_MEAN_BITS = 1.5  # at or below which replay was not shown to hold, docs/quality.md
-KAPPA_FORMAT = "mse_g128"  # with which the default kappa was fitted, quantization.md §3b
+KAPPA_FORMAT = "mse_g128"  # with which the default kappa was fitted, docs/model.md section 6
 
 
 @dataclass(kw_only=True, eq=False)

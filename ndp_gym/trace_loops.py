@@ -1,4 +1,4 @@
-"""Text that repeats itself under greedy decoding, found by its routing (traces.md §2.1)."""
+"""Text that repeats itself under greedy decoding, found by its routing."""
 
 from itertools import product
 

@@ -1,4 +1,4 @@
-"""How well one layer's experts predict the next layer's, by co-occurrence (traces.md §4.5)."""
+"""How well one layer's experts predict the next layer's, by co-occurrence."""
 
 from collections.abc import Sequence
 

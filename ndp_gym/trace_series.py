@@ -21,7 +21,7 @@ from ndp_gym.trace_stats import (
 
 LAGS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128)
-DRIFT_ROWS = 40  # of the two neighbouring windows that are compared (traces.md §2.4)
+DRIFT_ROWS = 40  # of the two neighbouring windows that are compared; shows nvmoe's joints
 _MAX_VALUES = 60_000_000  # rows x layers x experts of the requests that are read
 _MAX_DRIFT_ROWS = 4000
 _MAX_CONVERSATIONS = 40

@@ -1,7 +1,7 @@
 """Text that stands in two splits, found by its routing.
 
 Recomputing the same text changes a small share of the expert sets (numeric jitter, about 0.3 % per
-layer and token in Mixtral; traces.md §2), so spans compare as sets and may differ in some.
+layer and token in HD-MoE's Mixtral), so spans compare as sets and may differ in some.
 """
 
 import itertools

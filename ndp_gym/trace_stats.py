@@ -1,7 +1,7 @@
-"""Statistics of a routing trace: popularity, locality, similarity, predictability (traces.md §4).
+"""Statistics of a routing trace: popularity, locality, similarity, predictability.
 
-Definitions follow the published tables, so that a recording can be held against them. Values are
-means over layers; requests are never joined, so that no lag or window crosses from one to another.
+Values are means over layers; requests are never joined, so that no lag or window crosses from one
+to another.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ def test_expert_bytes_by_hand():
         cost.expert_bytes(MIXTRAL, fmt, 5)
 
 
-# validation.md section 3, last line: ms; 0.1 % or one unit of the last printed digit.
+# What this model said when its constants were fixed, ms; 0.1 % or one unit of the last digit.
 UNITS = {
     "mixtral-8x7b": (2.294, 0.466, 0.323, 0.1169, 11.18, 0.03124, 0.0921, 0.00252),
     "mixtral-8x22b": (3.932, 0.799, 0.553, 0.2003, 19.17, 0.06366, 0.1381, 0.00278),
@@ -127,7 +127,7 @@ def test_requantising_stores_the_widest_copy_and_charges_the_conversion():
     far = dataclasses.replace(SEED.far, efficiency=1.0)
     system = dataclasses.replace(SEED, far=far, requantise=True)
     assert cost.stored_bytes(model, system) == model.routed_bytes16
-    expected = (16 + 2.25) / 8 * model.expert_params / 512e9  # hardware.md: 1.33-1.36 ms
+    expected = (16 + 2.25) / 8 * model.expert_params / 512e9  # 1.33-1.36 ms by metadata
     assert cost.requantise_s(model, system, 2) == pytest.approx(expected)
     assert cost.requantise_s(model, system, 2) == pytest.approx(1.345e-3, rel=1e-3)
     assert cost.requantise_s(model, system, 16) == 0.0
@@ -142,7 +142,7 @@ def test_auto_budget_is_what_kv_and_dense_weights_leave():
 
 
 def test_prefill_of_the_seed_simulator():
-    """validation.md 4.1: 1.06 s and 3.18 s for 128 tokens."""
+    """1.06 s and 3.18 s for 128 tokens."""
     assert cost.prefill_s(MIXTRAL, SEED, 128) == pytest.approx(1.06, abs=0.005)
     assert cost.prefill_s(presets.model("mixtral-8x22b"), SEED, 128) == pytest.approx(
         3.18, abs=0.005
@@ -244,7 +244,7 @@ def test_more_bits_are_never_smaller_nor_worse(name):
 
 
 def test_energy_of_published_decode_is_mostly_static():
-    """hardware.md 5: about 0.10 J per token of HBM traffic against 0.653 J measured."""
+    """About 0.10 J per token of HBM traffic against 0.653 J measured."""
     system = presets.system("h100_fetch")
     parts = cost.decode_energy(
         system, seconds=12.85e-3 / 8, hbm_bytes=26e9 / 8, far_bytes=0.0, link_bytes=0.0

@@ -24,6 +24,18 @@ SAMPLES = {
     if kind != "python"
 }
 EXCERPTS = ("hdmoe",)  # a whole file of this format is hundreds of rows
+CITING = [
+    *PAGES,
+    *(
+        path
+        for name in ("ndp_gym", "policies", "train", "traces")
+        for path in ROOT.glob(f"{name}/**/*.py")
+    ),
+    *(ROOT / "ndp_gym").glob("**/*.toml"),
+    *(ROOT / "ndp_gym/validation").glob("*.csv"),
+]
+CITED = re.compile(r"([\w./-]*\w\.md)\b`{0,2}(?: (?:§ ?|sections? )?(\d+(?:\.\d+)?))?")
+UPSTREAM = {"AMX.md", "ROUTER_TRACE_SCHEMA.md", "experts-sched-Tutorial.md", "speed_benchmark.md"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/policy.md", "docs/traces.md", "docs/train.md"])
@@ -48,6 +60,35 @@ def test_relative_links_exist(page: Path) -> None:
     local = [target for target in targets if target and "://" not in target]
     missing = [target for target in local if not (page.parent / target).exists()]
     assert not missing
+
+
+def unfollowable(text: str) -> list[str]:
+    """Pages that a text names but the repository lacks, and section numbers that a page lacks."""
+    wrong = []
+    for name, section in CITED.findall(text):
+        if name in UPSTREAM or name.startswith("runs/"):  # other repositories', and yet to be made
+            continue
+        found = [page for at in (".", "docs", "traces") if (page := ROOT / at / name).exists()]
+        if not found:
+            wrong.append(name)
+        elif section and not re.search(rf"^#+ {re.escape(section)}\b", found[0].read_text(), re.M):
+            wrong.append(f"{name} {section}")
+    return wrong
+
+
+def test_cited_pages_and_sections_exist() -> None:
+    assert len(CITING) > 200
+    wrong = {path.name: found for path in CITING if (found := unfollowable(path.read_text()))}
+    assert not wrong
+
+
+def test_a_page_or_section_that_does_not_exist_is_found() -> None:
+    assert unfollowable("see hardware.md 2.2, (``docs/model.md`` section 6), AMX.md") == [
+        "hardware.md"
+    ]
+    assert unfollowable("validation.md §3, docs/model.md section 11") == [
+        "validation.md 3", "docs/model.md 11",
+    ]  # fmt: skip
 
 
 def test_the_observation_has_the_shapes_that_the_policy_page_says() -> None:

@@ -61,7 +61,7 @@ def test_unknown_kind_is_refused():
         presets.names("planets")
 
 
-# hardware.md section 2: total and active parameters in 1e9, experts in 1e6.
+# Total and active parameters in 1e9, experts in 1e6; totals are the published ones.
 MODELS = {
     "mixtral-8x7b": (46.70, 12.75, 176.2),
     "mixtral-8x22b": (140.62, 38.95, 302.0),
@@ -150,13 +150,13 @@ def test_recorded_expert_bytes_are_those_of_the_gemma_preset(shared_traces):
     ],
 )
 def test_stored_widths_are_those_of_real_formats(name, widths):
-    """quantization.md section 4; the GGUF rows are the constants of the gguf package."""
+    """By arithmetic or from tensors of hqq; the GGUF rows are the constants of the gguf package."""
     for bits, stored in widths.items():
         assert presets.fmt(name).bits_per_weight[bits] == pytest.approx(stored, abs=6e-4)
 
 
 def test_replica_set_of_the_seed():
-    """hardware.md 2.2 counts 26 bits per weight without metadata, here 27 with 0.25 each."""
+    """16 + 4 + 3 + 2 + 1 are 26 bits per weight, 27 with 0.25 of metadata for each low width."""
     model = presets.model("mixtral-8x22b")
     stored = cost.stored_bytes(model, presets.system("seed_sim"))
     assert stored == model.routed_params * 27 // 8
@@ -171,7 +171,7 @@ def test_default_systems_hold_the_default_models(system_name, model_name):
 
 
 def test_default_budget_forces_a_choice():
-    """design.md 2: a tenth of all 16-bit expert bytes holds no uniform width of the menu."""
+    """A tenth of all 16-bit expert bytes holds no uniform width of the menu."""
     model, system = presets.model("minimoe-16b"), presets.system("h100_cxl_pnm")
     narrowest = cost.expert_bytes(model, system.format, system.stored_bits[-1])
     assert narrowest * model.n_layers * model.n_experts > 0.10 * model.routed_bytes16

@@ -1,4 +1,4 @@
-"""Integers of the public recordings that validation.md §3 and §5 item 1 fix."""
+"""Integers of the public recordings, counted before this code was written."""
 
 import numpy as np
 import pytest

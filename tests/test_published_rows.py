@@ -1,6 +1,7 @@
-"""Regression of the in-HBM and CPU-offload tables of validation.md 4.3 to 4.5.
+"""Regression of in-HBM and CPU-offload speeds.
 
-"printed" values are that document's own model; the published ones are judged in test_validation.
+"printed" values are what this model said when its constants were fixed; the
+published ones are judged in test_validation.
 """
 
 import dataclasses
@@ -75,7 +76,7 @@ def test_cpu_offload(name):
     ],
 )
 def test_all_experts_in_hbm_beat_the_seed(name, bits, seed_sim, h100):
-    """validation.md 4.5: the row every evaluation must contain, in tokens/s."""
+    """The row every evaluation must contain, in tokens/s."""
     model = presets.model(name)
     widths = (16, 8, 4, 3, 2, 1)
     for system_name, printed in (("seed_sim", seed_sim), ("h100_seed_ndp", h100)):

@@ -23,8 +23,8 @@ SEED = presets.system("seed_sim")
 EPS = presets.fmt("mse_g128").rel_mse
 
 
-# quantization.md 3b: energy shares at 1/2/3 bit of PMQ 2.54/2.05/1.57 and GEMQ 2.5/1.5 bit, flat
-# layer weights; those of the default weights are published.MIXED.
+# Energy shares at 1/2/3 bit of the bit maps PMQ 2.54/2.05/1.57 (Aaronhuang-778/MC-MoE) and GEMQ
+# 2.5/1.5 bit (jndeng/GEMQ), flat layer weights; those of the default weights are published.MIXED.
 FLAT = [
     (0.099, 0.248, 0.653),
     (0.338, 0.264, 0.398),
@@ -131,7 +131,7 @@ def test_perplexity_and_accuracy_points():
 
 
 def test_relative_error_of_the_clip_searched_quantizer():
-    """quantization.md 3a, Gaussian g128: .361 / .1146 / .0334 / .0088 within 5 %."""
+    """Gaussian weights, groups of 128: .361 / .1146 / .0334 / .0088 within 5 %."""
     weights = np.random.default_rng(0).standard_normal((512, 128))
     for bits in (1, 2, 3, 4):
         error = np.mean((quantize(weights, bits) - weights) ** 2) / np.mean(weights**2)
@@ -155,7 +155,7 @@ def quantize(weights: np.ndarray, bits: int) -> np.ndarray:
 
 
 def test_share_of_squared_gates_predicts_the_error_of_a_two_expert_layer():
-    """quantization.md 2, item 4: the share form against brute force, below 2 %."""
+    """The share form against brute force, below 2 %."""
     rng = np.random.default_rng(1)
     n_tokens, width = 20_000, 64
     gate = rng.uniform(0.2, 0.8, n_tokens)

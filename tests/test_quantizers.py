@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ndp_gym import presets
 from ndp_gym.quantizers import group_sizes, quantize, relative_error, stored_bits_per_weight
 
-# quantization.md section 0 (mse_g128 up to 8 bit is the preset format) and 3a (small groups)
+# Errors computed with another implementation (mse_g128 up to 8 bit is the preset format)
 MSE_G128 = {**presets.fmt("mse_g128").rel_mse, 5: 0.00220, 6: 0.00054}
 MSE_G64 = {1: 0.357, 2: 0.1085, 3: 0.0296, 4: 0.0073, 5: 0.00179, 6: 0.00044}
 SMALL_GROUPS = {(2, 8): 0.050, (2, 16): 0.078, (2, 32): 0.097, (3, 16): 0.017}
@@ -47,7 +47,7 @@ def test_heavy_tails_cost_what_the_reference_says(dof: int, expected: float) -> 
 
 
 def reference(weight: np.ndarray, bits: int, group: int) -> np.ndarray:
-    """The clip search of quantization.md section 5 as it stands there, in double precision."""
+    """The clip search in double precision, one factor after the other."""
     w = weight.astype(np.float64).reshape(-1, group)
     mx, mn = w.max(1, keepdims=True), w.min(1, keepdims=True)
     best = least = None
@@ -95,7 +95,7 @@ def test_rows_that_the_group_does_not_divide_get_even_groups() -> None:
 
 
 def test_stored_bits_count_scales_and_zero_points() -> None:
-    assert stored_bits_per_weight(4096, 4) == 4.25  # quantization.md section 4: b + 32 / g
+    assert stored_bits_per_weight(4096, 4) == 4.25  # b + 32 / g
     assert stored_bits_per_weight(4096, 1) == 1.125  # sign + scale
     assert stored_bits_per_weight(40, 2) == 2 + 32 / 40
     assert stored_bits_per_weight(2880, 3) == 3 + 32 * 23 / 2880

@@ -9,7 +9,7 @@ from ndp_gym.replay import POLICY_NAMES, replay_cache
 
 SWITCH = "Labeeb2339__stratamoe-lab/evidence/switch-base-8/router-trace.v2.json"
 
-# traces.md §7: hits at capacity 6, 12, 18, 24, 36
+# Hits at capacity 6, 12, 18, 24, 36, as libCacheSim 0.3.5 counts them (not lfu_perfect)
 KNOWN = {
     "lru": (234, 354, 452, 633, 956),
     "fifo": (212, 328, 456, 621, 930),

@@ -31,7 +31,7 @@ FLAT = RoutingProfile(
 )
 
 # How far a held-out half may be from what was drawn like the other half: about the distance of the
-# two real halves (traces.md 5).
+# two real halves (docs/synthetic.md).
 TOLERANCES = {
     "zipf": 0.08,
     "zipf_request": 0.12,

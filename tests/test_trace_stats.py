@@ -75,7 +75,7 @@ def test_statistics_are_deterministic(tiny_trace):
     assert trace_statistics(tiny_trace, seed=3) == trace_statistics(tiny_trace, seed=3)
 
 
-# traces.md §4.1; the last printed digit plus one, shuffled controls (random) .01
+# Computed by other code from the same files; the last digit plus one, shuffled controls .01
 PUBLISHED = {
     "dsv2lite": {
         "zipf": 0.32, "entropy": 0.983, "entropy_request": 0.948, "top10_share": 0.166,
@@ -126,7 +126,7 @@ def test_published_table_is_reproduced(shared_traces, request, name):
 
 
 def test_published_gemma_rows(shared_traces):
-    """Decode of one request with gate weights (traces.md §4.1 G, §4.3, §6)."""
+    """Decode of one request with gate weights (Gemma-4)."""
     trace = import_trace([shared_traces / GEMMA]).trace
     s = trace_statistics(trace, "decode")
     assert s.overlap[1] == pytest.approx(0.357, abs=0.0015)
@@ -138,7 +138,7 @@ def test_published_gemma_rows(shared_traces):
 
 
 def test_published_similarities(shared_traces):
-    """First 64 tokens against the rest, and pairs of requests (traces.md §4.3, §4.5)."""
+    """First 64 tokens against the rest, and pairs of requests."""
     path = shared_traces / NVMOE / "dsv2lite-all.tokens.jsonl.gz"
     s = trace_statistics(import_trace([path], options=ImportOptions(n_prompt=(64,))).trace)
     assert (s.prefill_cosine, s.prefill_spearman) == pytest.approx((0.884, 0.572), abs=0.01)
@@ -150,7 +150,7 @@ def test_published_similarities(shared_traces):
     assert (s.request_cosine, s.request_spearman) == pytest.approx((0.456, 0.066), abs=0.01)
 
 
-# traces.md §2.1: loop-free prefix in steps, looped share
+# Loop-free prefix in steps, looped share
 LOOPS = {
     "qwen_prose": (512, 0.00),
     "qwen_code": (52, 0.85),

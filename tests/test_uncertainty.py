@@ -48,7 +48,7 @@ def test_nothing_changed_costs_what_it_did() -> None:
 
 
 def test_constants_move_what_their_equation_says() -> None:
-    """`validation.md` section 1: who divides by what."""
+    """Equations of docs/model.md: who divides by what."""
     system = replace(presets.system("h100_cxl_pnm"), engine_token_s=50e-6)
     model = presets.model("mixtral-8x7b")
     before = cost_table(model, system)

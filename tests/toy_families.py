@@ -80,7 +80,7 @@ def family_model(family: str, seed: int = 0) -> Any:
 def recomputed(family: str, router: Any, x: Array) -> tuple[Array, Array]:
     """Ids and weights ``[T, K]`` from the router's parameters and inputs ``x`` [T, H], in numpy.
 
-    The rules stand in traces.md; DeepSeek's rows are put in order of weight.
+    The rules stand in docs/traces.md; DeepSeek's rows are put in order of weight.
     """
     bias = router.bias if family == "gpt_oss" else None
     logits = x @ router.weight.detach().double().numpy().T

@@ -1,8 +1,8 @@
 """Pure costs: bytes, seconds and joules of single operations; nothing here has state.
 
-``validation.md`` section 1 is the canonical set of equations, restated with units and limits in
-``docs/model.md``. Policies, planners and validation use these functions; the compiled kernel uses
-:class:`CostTable`, built from the same ones.
+``docs/model.md`` has the equations with units, sources and limits. Policies, planners and
+validation use these functions; the compiled kernel uses :class:`CostTable`, built from the same
+ones.
 """
 
 from ndp_gym.cost.capacity import auto_budget_bytes, check_capacity, kv_bytes, stored_bytes

@@ -1,4 +1,4 @@
-"""Seconds and bytes of one decode step, term by term (``validation.md`` section 1)."""
+"""Seconds and bytes of one decode step, term by term (``docs/model.md`` section 3)."""
 
 from collections.abc import Mapping
 from typing import TypeAlias
@@ -38,7 +38,7 @@ def transfer_s(n_bytes: npt.ArrayLike, link: LinkSpec) -> FloatArray:
     """Seconds to copy ``n_bytes`` over ``link``: size / bandwidth, without latency.
 
     Copies are pipelined, so the latency is charged once per activation round trip only
-    (:func:`activation_transfer_s`). Source: ``validation.md`` section 1, ``T_mv``.
+    (:func:`activation_transfer_s`). ``T_mv`` of ``docs/model.md`` section 3.
     """
     return np.asarray(n_bytes, dtype=np.float64) / link.bandwidth_bytes_per_s
 
@@ -53,7 +53,7 @@ def kv_token_s(model: MoESpec, gpu: GpuSpec) -> float:
     """Seconds per context token and layer of decode attention.
 
     Memory: ``kvB / (eta_kv * BW_G)``. MLA also computes its absorbed form, ``2 h (2 c + r)`` FLOPs
-    per context token, and takes the longer of the two (``hardware.md`` section 3.2, item 1).
+    per context token, and takes the longer of the two (``docs/model.md`` section 3).
     """
     memory = model.kv_bytes_per_token_layer / (gpu.kv_efficiency * gpu.bandwidth_bytes_per_s)
     compute = model.attention.decode_flops / (gpu.compute_efficiency * gpu.flops_per_s)
@@ -207,7 +207,7 @@ def requantise_s(model: MoESpec, system: SystemSpec, bits: int) -> float:
     """Seconds to make a ``bits``-wide copy of one expert on the far device.
 
     Reads the widest stored copy and writes the new one at the device's effective bandwidth
-    (``hardware.md`` section 3.2, item 8); 0 where replicas are stored or nothing changes.
+    (``docs/model.md`` section 4); 0 where replicas are stored or nothing changes.
     """
     widest = system.stored_bits[0]
     if not system.requantise or bits == widest:

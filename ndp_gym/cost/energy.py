@@ -1,6 +1,6 @@
 """Joules per operation. Unvalidated: constants are literature values, no total was checked.
 
-Sources in ``hardware.md`` section 5. Static power dominates there: a published 0.65 J per token
+Sources in ``docs/model.md`` section 7. Static power dominates there: a published 0.65 J per token
 against 0.10 J of HBM traffic, so rankings that leave ``static_energy_j`` out are wrong.
 """
 

@@ -1,4 +1,4 @@
-"""Seconds of a prompt's prefill (``validation.md`` section 1)."""
+"""Seconds of a prompt's prefill (``docs/model.md`` section 4)."""
 
 from typing import NamedTuple
 

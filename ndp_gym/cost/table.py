@@ -10,7 +10,7 @@ from ndp_gym.specs import MoESpec, SystemSpec
 
 
 class CostTable(NamedTuple):
-    """Constants of ``validation.md`` section 1, in seconds and bytes; NB is the number of widths.
+    """Constants of ``docs/model.md`` section 3, in seconds and bytes; NB is the number of widths.
 
     ``far_token_s`` is infinite where the far device cannot compute. ``layer_s`` is the constant
     part of each routed layer outside the overlap; ``kv_token_s`` is added per context token.

@@ -1,7 +1,7 @@
 """BigMoeOnEdge ``*.route.csv`` (``route_trace v1``): one row per token, layer and rank.
 
 Gate weights and per-layer expert bytes are in the file; prefill is written layer by layer, decode
-token by token (traces.md §2.5, §3j), so rows are placed by their keys and never by position.
+token by token, so rows are placed by their keys and never by position.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""``token,layer,expert`` CSV, as tools around llama.cpp's eval callback write it (traces.md §3d).
+"""``token,layer,expert`` CSV, as tools around llama.cpp's eval callback write it.
 
 One row per token, layer and rank, in any order of tokens and layers; ranks in file order. Other
 columns are ignored. llama.cpp may compute the last layer of a prompt for its last token only, so

@@ -1,7 +1,7 @@
 """grouped-nf4 ``*.jsonl``: a meta line, then ``{"step": i, "routed": {"<layer>": [ids]}}``.
 
-Greedy decoding of base models: they fall into loops, which inflates locality (traces.md §2.1), so
-the part after the first loop is dropped unless asked for.
+Greedy decoding of base models: they fall into loops, which inflates locality, so the part after the
+first loop is dropped unless asked for.
 """
 
 import re
@@ -16,7 +16,7 @@ from ndp_gym.importers.source import Source, integers, whole_number
 from ndp_gym.trace_file import parse_json
 from ndp_gym.trace_loops import loop_free_rows
 
-_NO_E = {"granite": 40}  # "n_experts": null in the published Granite files (traces.md §2.6)
+_NO_E = {"granite": 40}  # "n_experts": null in the published Granite files
 
 
 def detects(source: Source) -> bool:

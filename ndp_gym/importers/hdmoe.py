@@ -1,8 +1,8 @@
 """HD-MoE ``experts_<domain>_mixtral.json``: ``{"<layer>": [[expert, expert], … per token]}``.
 
 A file concatenates MT-Bench requests without marks: 5 questions of 2 turns, each request starting
-with the same 526-token template, and turn 2 prefilling all of turn 1 again. The rule that recovers
-the requests is validation.md §3; sets, not ordered pairs, are compared, since ranks swap by jitter.
+with the same 526-token template, and turn 2 prefilling all of turn 1 again. A request starts
+where all expert sets equal those of row 0; sets, not ordered pairs, since ranks swap by jitter.
 """
 
 from collections.abc import Sequence
@@ -60,9 +60,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> Recording:
         model="Mixtral-8x7B" if "mixtral" in sources[0].stem else sources[0].stem,
         id_order="router_rank",
         warnings=warnings,
-        extra={
-            "segmentation": f"validation.md §3: {PREFIX}-row prefix and repeats of turn 1 dropped"
-        },
+        extra={"segmentation": f"{PREFIX}-row prefix and repeats of turn 1 dropped"},
     )
 
 

@@ -1,7 +1,8 @@
-"""Megatron-LM ``--moe-routing-trace-path``: JSONL, one line per step and layer (traces.md §3e).
+"""Megatron-LM ``--moe-routing-trace-path``: JSONL, one line per step and layer.
 
 A step is one forward pass over ``num_tokens`` tokens. Steps of one token continue the step before
-them (generation at batch 1); every other step is a request of its own.
+them (generation at batch 1); every other step is a request of its own. Written by
+``megatron/core/transformer/moe/router_trace.py``.
 """
 
 import re

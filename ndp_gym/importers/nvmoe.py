@@ -1,7 +1,6 @@
 """nvmoe ``*.tokens.jsonl``: one line per token, ``[[layer, expert], …]``, experts in rank order.
 
-Layers ascend and keep the model's own numbers. Decode tokens only; request spans are not in the
-file (traces.md §3g).
+Layers ascend and keep the model's own numbers. Decode tokens only; the file has no request spans.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 An aggregate cannot be replayed, but it says which experts are hot. Read are importance matrices of
 llama.cpp (GGUF), counts of SGLang's recorder (``.pt`` of modes stat and per_pass, or JSON),
-``.npy`` [L, E] and recordings (traces.md §3).
+``.npy`` [L, E] and recordings (docs/traces.md).
 """
 
 import hashlib

@@ -1,6 +1,7 @@
-"""RouterTrace v2 JSON (stratamoe-lab): ``selections[token][layer][rank]``, traces.md §3f.
+"""RouterTrace v2 JSON (stratamoe-lab): ``selections[token][layer][rank]``.
 
-No phase and no weights. Prompt spans stand in a ``capture-metadata.json`` beside the file.
+No phase and no weights. Prompt spans stand in a ``capture-metadata.json`` beside the file. Schema:
+ROUTER_TRACE_SCHEMA.md of Labeeb2339/stratamoe-lab.
 """
 
 from collections.abc import Sequence

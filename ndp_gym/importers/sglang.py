@@ -1,7 +1,8 @@
-"""SGLang responses with ``meta_info["routed_experts"]`` (traces.md §3b).
+"""SGLang responses with ``meta_info["routed_experts"]``.
 
 Base64 of raw int32 ids of all hidden layers, dense ones zero, without a shape: K must be said, and
-the number of layers follows from the tokens of the response. Ids only, no weights.
+the number of layers follows from the tokens of the response. Ids only, no weights. Written by
+``sglang/srt/state_capturer/routed_experts.py`` (0.5.23).
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
-"""SGLang's expert-distribution recorder in mode ``per_token``: a ``.pt`` per rank (traces.md §3b).
+"""SGLang's expert-distribution recorder in mode ``per_token``: a ``.pt`` per rank.
 
 A record is one forward pass over the tokens of all running requests. It has positions but no ids of
 requests: a token continues the one whose next position it has, in batch order where several have.
+Written by ``sglang/srt/eplb/expert_distribution.py``.
 """
 
 from collections.abc import Sequence

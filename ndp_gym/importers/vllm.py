@@ -1,4 +1,4 @@
-"""vLLM ``routed_experts``: arrays, saved request objects, HTTP responses (traces.md §3a).
+"""vLLM ``routed_experts``: arrays, saved request objects, HTTP responses.
 
 Three generations, told apart by what is there and never by the dtype:
 
@@ -11,7 +11,8 @@ Three generations, told apart by what is there and never by the dtype:
 
 Arrays come as ``.npy``, as base64 of it, or as nested lists. A position that was not recorded
 (prefix cache) is a row of -1, or of 255 or 65535 where the type has no sign. Ids only, no weights;
-E is not in the data.
+E is not in the data. Written by
+``vllm/model_executor/layers/fused_moe/routed_experts_capturer.py``.
 """
 
 import base64

@@ -72,7 +72,7 @@ class GpuSpec:
         """Fixed time of one layer outside the experts: attention, four GEMMs, elementwise.
 
         The four are three of attention and the router (or a dense layer's MLP);
-        ``validation.md`` section 1, ``t0_att + n_gemm * t0_gemm + t0_elem``.
+        ``t0`` of ``docs/model.md`` section 1.
         """
         return self.attention_launch_s + 4 * self.gemm_launch_s + self.elementwise_s
 

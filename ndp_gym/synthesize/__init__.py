@@ -1,7 +1,7 @@
 """Synthetic recordings of any length and shape, like a recording or a model preset.
 
 Nothing recorded is copied: a profile of two amplitudes a layer and a dozen shares is fitted to the
-source's statistics and requests are drawn from it (traces.md §5 lists what is held). Labelled
+source's statistics and requests are drawn from it (docs/synthetic.md says which it holds). Labelled
 synthetic in the metadata.
 """
 

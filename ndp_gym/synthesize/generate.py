@@ -14,9 +14,9 @@ from ndp_gym.trace_requests import Requests
 _PIECE_VALUES = 2**20  # scores held at a time: 4 MB each array
 _SLOW_BLOCK = 4  # rows with one state of the slow part
 _BLOCK = 16  # rows with one state of the drifting popularity
-_LOOP_PERIODS = (2, 150)  # traces.md §5.8
+_LOOP_PERIODS = (2, 150)  # rows, as in the greedy recordings of grouped-nf4-gemm
 _LOOP_JITTER = 0.02  # share of (row, layer) sets inside a loop that differ from the last round
-_GATE_SPREAD = 0.3  # of the log of a row's sharpness: sd .1 of the first weight (traces.md §6)
+_GATE_SPREAD = 0.3  # of the log of a row's sharpness: sd .1 of the first weight (Gemma-4)
 _GOLDEN = (5**0.5 - 1) / 2
 _MODEL, _DOMAIN, _CONVERSATION, _REQUEST = range(4)  # streams of random numbers
 

@@ -23,7 +23,7 @@ from train.findings.recordings import default_folder, missing, recordings
 KNOTS = 13  # of amplitudes by layer; fewer layers have a knot each
 OUT = Path(synthesize.__file__).with_name("calibrated.toml")
 HEAD = """\
-# Routing profiles fitted to public recordings (traces.md 1) by python -m train.synthetic.calibrate;
+# Routing profiles fitted to public recordings by python -m train.synthetic.calibrate;
 # amplitudes by layer are knots, interpolated. See ndp_gym/synthesize/profile.py for the fields.
 """
 
