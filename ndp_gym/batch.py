@@ -225,17 +225,20 @@ def _said_if_slow() -> Iterator[None]:
         timer.cancel()
 
 
-def n_chunks(n_lanes: int) -> int:
+def n_chunks(n_lanes: int, per_thread: int = _LANES_PER_THREAD) -> int:
     """Into how many parts `over_lanes` splits."""
-    return max(1, min(_n_threads(), n_lanes // _LANES_PER_THREAD))
+    return max(1, min(_n_threads(), n_lanes // per_thread))
 
 
-def over_lanes(n_lanes: int, run: Callable[[int, int, int], None]) -> None:
+def over_lanes(
+    n_lanes: int, run: Callable[[int, int, int], None], per_thread: int = _LANES_PER_THREAD
+) -> None:
     """Call ``run(chunk, first, last)`` for parts of the lanes, on as many threads as pay.
 
-    ``run`` should spend its time in compiled code that lets go of Python's lock.
+    ``run`` should spend its time in compiled code that lets go of Python's lock; ``per_thread``
+    lanes of it are worth a thread.
     """
-    chunks = n_chunks(n_lanes)
+    chunks = n_chunks(n_lanes, per_thread)
     if chunks == 1:
         run(0, 0, n_lanes)
         return

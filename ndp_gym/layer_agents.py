@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ndp_gym.batch import over_lanes
 from ndp_gym.forecast import Blend, Forecast, expected
 from ndp_gym.lanes import CONTEXT_NAMES, Observations
 from ndp_gym.layer_facts import LaneFacts
@@ -189,19 +190,27 @@ class LayerAgents:
         is_near = observations["tier"] == HBM
         present = np.where(is_near, observations["bitwidth"], 0).astype(np.int64)
         usual, own = self._energy(share), self._energy(mixed)
-        shape = share.shape
-        decided = Decided(np.empty(shape, np.uint8), np.empty(shape, np.uint8), np.empty(shape), [])
-        for lane, (tier, bits, order) in enumerate(zip(*decided[:3], strict=True)):
-            nudges = None
-            if clipped[lane].any():
-                far_value, price, hysteresis, _ = clipped[lane].T
-                bent = self._expected(lane, mixed[lane], own[lane])
-                nudges = Nudges(bent, 2.0**far_value, 2.0**price, 16.0**hysteresis)
-            routing = self._expected(lane, share[lane], usual[lane])
-            plan = self._plan(lane, routing, present[lane], nudges)
-            tier[...], bits[...] = plan.placement.tier, plan.placement.bitwidth
-            order[...] = plan.migration_order
-            decided.services.append(plan.service or self._told[0].default_service)
+        shape, default = share.shape, self._told[0].default_service
+        decided = Decided(
+            np.empty(shape, np.uint8), np.empty(shape, np.uint8), np.empty(shape),
+            [default] * len(share),
+        )  # fmt: skip
+
+        def run(_: int, first: int, last: int) -> None:
+            for lane in range(first, last):
+                nudges = None
+                if clipped[lane].any():
+                    far_value, price, hysteresis, _mix = clipped[lane].T
+                    bent = self._expected(lane, mixed[lane], own[lane])
+                    nudges = Nudges(bent, 2.0**far_value, 2.0**price, 16.0**hysteresis)
+                routing = self._expected(lane, share[lane], usual[lane])
+                plan = self._plan(lane, routing, present[lane], nudges)
+                decided.tier[lane] = plan.placement.tier
+                decided.bits[lane] = plan.placement.bitwidth
+                decided.order[lane] = plan.migration_order
+                decided.services[lane] = plan.service or default
+
+        over_lanes(len(share), run, per_thread=1)
         self.ordered(decided.tier, decided.bits)
         return decided
 

@@ -89,7 +89,9 @@ def test_whatever_the_actions_plans_keep_the_budget(budget: float) -> None:
         assert (outcome.tokens > 0).all()
 
 
-def test_a_copy_decides_as_it_would_alone() -> None:
+@pytest.mark.parametrize("n_threads", [1, N])
+def test_a_copy_decides_as_it_would_alone(n_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ndp_gym.batch._n_threads", lambda: n_threads)
     together, rng = lanes_of(), np.random.default_rng(1)
     alone = [lanes_of(lane + 1) for lane in range(N)]  # lane i of each has the same requests
     agents, singles = agents_of(together), [agents_of(lanes) for lanes in alone]
