@@ -150,7 +150,7 @@ class LayerVecEnv(_Agents):
             self.lanes.model, self.lanes.system, self.lanes.simulator.quality,
             self.lanes.base.quality_weight, window, n_lanes=2 * n_lanes,
             profile=train_profile(opened), base=base,
-            learned=learned_of(forecast, train_patterns(opened)),
+            learned=learned_of(forecast, train_patterns(opened, found_model)),
         )  # fmt: skip
         self.forecast = forecast
         self._requests = opened.split_requests(split)

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndp_gym.forecast import shares
+from ndp_gym.memory import gate_profile
 from ndp_gym.policy import Patterns
+from ndp_gym.specs import MoESpec
 from ndp_gym.trace import RoutingTrace
 from ndp_gym.trace_requests import SPLITS
 
@@ -38,25 +40,29 @@ _KEPT = 0.7
 
 
 @lru_cache(maxsize=8)
-def train_patterns(trace: RoutingTrace) -> Patterns | None:
+def train_patterns(trace: RoutingTrace, model: MoESpec) -> Patterns | None:
     """Patterns of the train split, see `patterns_of`; ``None`` where there are none."""
-    return patterns_of(trace, np.flatnonzero(trace.requests.split == SPLITS.index("train")))
+    train = np.flatnonzero(trace.requests.split == SPLITS.index("train"))
+    return patterns_of(trace, model, train)
 
 
-def patterns_of(trace: RoutingTrace, requests: NDArray[np.int64]) -> Patterns | None:
+def patterns_of(
+    trace: RoutingTrace, model: MoESpec, requests: NDArray[np.int64]
+) -> Patterns | None:
     """Patterns of ``requests``, prompts included.
 
     Directions are principal components of loads: shares of the tokens of up to `CHUNK` consecutive
     rows, less their mean. One that explains the variance v has the squared length v / (v + w), w
     being that of direction `HALF_AT`, so that projecting on them keeps little of what is mostly
-    noise. ``None`` where there are no more samples than directions.
+    noise. ``None`` where there are no more samples than directions. Gate weights that were not
+    recorded are those that ``model`` is replayed with.
     """
-    shape = (trace.n_layers, trace.n_experts)
+    shape, (profile, _) = (trace.n_layers, trace.n_experts), gate_profile(trace, model)
     loads, total, energy = [], np.zeros(shape), np.zeros(shape)
     for request in requests:
         start, length = int(trace.requests.start[request]), int(trace.requests.length[request])
         for first in range(0, length - CHUNK // 2, CHUNK):
-            counts, squares = _counted(trace, start + first, min(CHUNK, length - first))
+            counts, squares = _counted(trace, profile, start + first, min(CHUNK, length - first))
             loads.append(shares(counts).ravel())
             total, energy = total + counts, energy + squares
     if len(loads) <= RANK:
@@ -71,13 +77,14 @@ def patterns_of(trace: RoutingTrace, requests: NDArray[np.int64]) -> Patterns | 
     )
 
 
-def _counted(trace: RoutingTrace, first: int, n_rows: int) -> tuple[FloatArray, FloatArray]:
-    """[L, E] tokens and sums of squared gate weights (1 where there are none) of some rows."""
+def _counted(
+    trace: RoutingTrace, profile: FloatArray, first: int, n_rows: int
+) -> tuple[FloatArray, FloatArray]:
+    """[L, E] tokens and sums of squared gate weights (else of ``profile`` [K]) of some rows."""
     ids, gates = trace.window(first, n_rows)
     codes = (ids + np.arange(trace.n_layers)[:, None] * trace.n_experts).ravel()
     size, shape = trace.n_layers * trace.n_experts, (trace.n_layers, trace.n_experts)
     counts = np.bincount(codes, minlength=size).reshape(shape).astype(np.float64)
-    if gates is None:
-        return counts, counts
-    squares = np.bincount(codes, np.square(gates.astype(np.float64)).ravel(), minlength=size)
+    drawn = np.broadcast_to(profile, ids.shape) if gates is None else gates.astype(np.float64)
+    squares = np.bincount(codes, np.square(drawn).ravel(), minlength=size)
     return counts, squares.reshape(shape).astype(np.float64)

@@ -350,7 +350,7 @@ def _context(
         menu=tuple((tier, bits) for tier in (HBM, FAR) for bits in widths),
         rng=rng,
         profile=task.profile,
-        patterns=partial(train_patterns, task.trace),
+        patterns=partial(train_patterns, task.trace, task.model),
     )
     return replace(context, future=_LaneFuture(lanes, order)) if needs_future(policy) else context
 

@@ -17,10 +17,13 @@ from ndp_gym.layer_forecast import Learned, Routing, learned_of
 from ndp_gym.patterns import CHUNK, HALF_AT, RANK, patterns_of, train_patterns
 from ndp_gym.policy import Patterns
 from ndp_gym.rollout import train_profile
+from ndp_gym.trace import RoutingTrace
 from tests.conftest import make_trace
+from tests.toy import MODEL as TOY
 from train.forecast import LIVE, fit_weights, folds, samples
 
 SHAPE = (3, 10)
+MODEL = find_model(None, open_trace())
 
 
 def routing_of(seed: int) -> Routing:
@@ -40,22 +43,22 @@ def patterns() -> Patterns:
 
 def test_directions_are_orthogonal_shrinking_and_of_the_train_split_alone() -> None:
     trace = open_trace()
-    found = train_patterns(trace).directions
+    found = train_patterns(trace, MODEL).directions
     flat = found.reshape(RANK, -1)
     squares = (flat**2).sum(axis=1)
     np.testing.assert_allclose(flat @ flat.T, np.diag(squares), atol=1e-9)
     assert (np.diff(squares) < 0).all()
     assert squares[HALF_AT] == pytest.approx(0.5)
     assert squares[0] < 1
-    again = patterns_of(trace, trace.split_requests("train")).directions
+    again = patterns_of(trace, MODEL, trace.split_requests("train")).directions
     np.testing.assert_array_equal(found, again)
-    other = patterns_of(trace, trace.split_requests("test")).directions
+    other = patterns_of(trace, MODEL, trace.split_requests("test")).directions
     assert not np.allclose(np.abs(other), np.abs(found))
 
 
 def test_the_first_directions_hold_most_of_what_differs_between_texts() -> None:
     trace, prior = open_trace(), train_profile(open_trace())
-    flat = train_patterns(trace).directions.reshape(RANK, -1)
+    flat = train_patterns(trace, MODEL).directions.reshape(RANK, -1)
     flat = flat / np.sqrt((flat**2).sum(axis=1, keepdims=True))
     rng = np.random.default_rng(0)
     chance = np.linalg.qr(rng.normal(size=(flat.shape[1], RANK)))[0].T
@@ -75,7 +78,7 @@ def test_the_first_directions_hold_most_of_what_differs_between_texts() -> None:
 
 def test_without_a_train_split_there_is_no_learned_forecast() -> None:
     trace = make_trace(n_conversations=4)
-    assert train_patterns(trace) is None
+    assert train_patterns(trace, MODEL) is None
     assert learned_of(np.zeros((5, 6)), None) is None
     assert learned_of(None, patterns()) is None
 
@@ -103,7 +106,7 @@ def test_projections_keep_what_lies_in_the_directions() -> None:
 
 def test_fitted_weights_foresee_val_better_than_the_blend() -> None:
     trace = open_trace()
-    weights, found = fit_weights((None,), 16), train_patterns(trace)
+    weights, found = fit_weights((None,), 16), train_patterns(trace, MODEL)
     assert weights.shape == (len(LIVE), 6)
     rng = np.random.default_rng(1)
     lanes = Lanes(trace, find_model(None, trace), find_system(None), batch_size=2, window=16)
@@ -129,8 +132,14 @@ def test_gate_energy_is_what_was_drawn_and_what_experts_draw_per_load() -> None:
     np.testing.assert_allclose(found, 0.25 * routing.gates + 0.75 * drawn)
 
 
-def test_the_intensity_of_the_bundled_experts_is_their_energy_over_their_load() -> None:
-    trace = open_trace()
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_intensity_of_experts_is_their_energy_over_their_load(recorded: bool) -> None:
+    trace, model = open_trace(), MODEL
+    gates = trace.gate_weights.astype(float)
+    if not recorded:  # then it is replayed with the model's mean weight by rank
+        trace = RoutingTrace.from_arrays(trace.expert_ids, trace.requests, trace.metadata)
+        model = replace(MODEL, gate_profile=(6.0, 4.0, 3.0, 1.5, 1.0, 0.5))
+        gates = np.broadcast_to(np.array(model.gate_profile) / 16, gates.shape)
     request = trace.split_requests("train")[:12]
     total, energy = np.zeros((2, trace.n_layers, trace.n_experts))
     for r in request:
@@ -141,14 +150,14 @@ def test_the_intensity_of_the_bundled_experts_is_their_energy_over_their_load() 
             for layer in range(trace.n_layers):
                 ids = trace.expert_ids[row, layer]
                 total[layer, ids] += 1
-                energy[layer, ids] += trace.gate_weights[row, layer].astype(float) ** 2
+                energy[layer, ids] += gates[row, layer] ** 2
     wanted = ((shares(energy) + 1e-4) / (shares(total) + 1e-4)) ** 0.7
-    np.testing.assert_allclose(patterns_of(trace, request).intensity, wanted)
+    np.testing.assert_allclose(patterns_of(trace, model, request).intensity, wanted)
 
 
 def test_equal_seeds_give_equal_samples() -> None:
     trace = open_trace()
-    found, requests = train_patterns(trace), trace.split_requests("train")
+    found, requests = train_patterns(trace, MODEL), trace.split_requests("train")
 
     def first(seed: int) -> list[np.ndarray]:
         lanes = Lanes(trace, find_model(None, trace), find_system(None), batch_size=4, window=16)
@@ -162,7 +171,7 @@ def test_equal_seeds_give_equal_samples() -> None:
 
 def test_too_few_requests_to_fit_on_are_no_error(tmp_path: Path) -> None:
     make_trace(n_conversations=20).save(tmp_path / "t.safetensors")
-    assert fit_weights((str(tmp_path / "t.safetensors"),), 4) is None
+    assert fit_weights((str(tmp_path / "t.safetensors"),), 4, model=TOY) is None
 
 
 def test_a_conversation_is_in_one_fold_with_all_its_turns() -> None:

@@ -70,7 +70,7 @@ def run(
             menu=tuple((tier, bits) for tier in (0, 1) for bits in SYSTEM.stored_bits),
             rng=np.random.default_rng(5),
             profile=train_profile(trace),
-            patterns=lambda: train_patterns(trace),
+            patterns=lambda: train_patterns(trace, MODEL),
         )
     )
     observations, plans, rows = [], [], {}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndp_gym.forecast import shares
-from ndp_gym.inputs import find_model, find_system, open_trace
+from ndp_gym.inputs import ModelLike, SystemLike, find_model, find_system, open_trace
 from ndp_gym.lanes import Lanes
 from ndp_gym.layer_forecast import LaneForecaster, features_of
 from ndp_gym.patterns import patterns_of
@@ -59,26 +59,26 @@ def fit_weights(
     traces: tuple[str | None, ...],
     window: int,
     seed: int = 0,
-    model: str | None = None,
-    system: str | None = None,
+    model: ModelLike = None,
+    system: SystemLike = None,
 ) -> FloatArray | None:
     """[5, 6] weights over all recordings together; ``None`` where one has too few to fit on.
 
-    ``model`` is a preset's name, by default the one that each recording names; ``system`` that of
-    one on which the model fits.
+    ``model`` is by default the preset that each recording names; it has to fit on ``system``.
     """
     found = []
     for n_live in LIVE:
         sums = Sums()
         for path in traces:
             trace = open_trace(path)
+            spec = find_model(model, trace)
             for mine, other in folds(trace.requests):
-                patterns = patterns_of(trace, other)
+                patterns = patterns_of(trace, spec, other)
                 if patterns is None:
                     return None
                 lanes = Lanes(
                     trace,
-                    find_model(model, trace),
+                    spec,
                     find_system(system),
                     batch_size=n_live,
                     window=window,
