@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     windows = QUICK_WINDOWS if args.quick else MAX_WINDOWS
     with tempfile.TemporaryDirectory() as folder:
         found = list(recordings(args.recordings, Path(folder)))
-        results = _run(_jobs(found, windows), args.jobs)
+        results = _results(_jobs(found, windows), args.jobs)
     facts = Run(
         command=PROGRAM + (" --quick" if args.quick else ""),
         minutes=(time.monotonic() - started) / 60,
@@ -90,7 +90,7 @@ def _jobs(found: Sequence[Recording], windows: int) -> list[Job]:
     ]
 
 
-def _run(jobs: Sequence[Job], n_processes: int) -> list[Any]:
+def _results(jobs: Sequence[Job], n_processes: int) -> list[Any]:
     """Results in the order of ``jobs``; the last ones are started first, being the longest."""
     results: list[Any] = [None] * len(jobs)
     with processes(n_processes) as pool:

@@ -90,7 +90,7 @@ def evaluate(
         requests = held_out[0].trace.requests
         n_real = len(requests), int(requests.n_decode.sum())
     n_windows = sum(len(each) for each in shares)
-    print(f"{recording.title}, {section}: {len(policies)} policies", flush=True)
+    print(f"ran {recording.title} under {section}", flush=True)
     return Line(
         recording, section, n_windows, shares[0].shape[1], planner, gains, shared, real, n_real
     )
